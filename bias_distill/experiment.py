@@ -62,7 +62,7 @@ class Run:
 PROFILES = dict(
     smoke=dict(encoder_steps=10, encoder_width=8, iterations=4, lr_img=10., batch_real=16, width=8, eval_networks=2, eval_epochs=lambda ipc: 4, eval_batch=64),
     laptop=dict(encoder_steps=150, encoder_width=32, iterations=300, lr_img=10., batch_real=256, width=128, eval_networks=3,
-                eval_epochs=lambda ipc: min(1000, 3000//ipc) or 1, eval_batch=128),
+                eval_lr=.03, eval_epochs=lambda ipc: max(20, min(300, 800//ipc)), eval_batch=128),
     paper=dict(encoder_steps=150, encoder_width=32, iterations=20_000, lr_img=1., batch_real=256, width=128, eval_networks=20,
                eval_epochs=lambda ipc: 1000, eval_batch=256))
 ALWAYS = dict(variance=.05, tau=1., encoder_tau=.5, eval_lr=.01)
@@ -84,8 +84,7 @@ CHECKS = dict( # name -> (test, what is wanted), or the table of choices
 
 def complaint(name:str, value, kind:type)->str|None:
     "What is wrong with a parameter, or None."
-    if kind is float and type(value) is int: value = float(value)
-    if type(value) is not kind: return f"{name}={value!r}: expected {kind.__name__}, got {type(value).__name__}"
+    if type(value) is not kind and not (kind is float and type(value) is int): return f"{name}={value!r}: expected {kind.__name__}, got {type(value).__name__}"
     if kind is float and not math.isfinite(value) and name != 'tau': return f"{name}={value!r}: expected a finite number"
     check = CHECKS.get(name)
     try:
@@ -98,11 +97,10 @@ def _of(cls, **given)->Run:
     "A complete, checked `Run`: what is given, and the profile's values for the rest."
     names = {f.name: f for f in fields(cls)}
     for k in given: lookup('parameter', k, names)
-    kind = dict(str=str, int=int, float=float)
     given = {k: v for k,v in given.items() if v is not None}
-    bad = [c for k,v in given.items() if (c := complaint(k, v, names[k].type if isinstance(names[k].type, type) else kind[names[k].type]))]
+    bad = [c for k,v in given.items() if (c := complaint(k, v, names[k].type))]
     if bad: raise ValueError('; '.join(bad))
-    base = cls(**{k: float(v) if names[k].type in (float,'float') else v for k,v in given.items()})
+    base = cls(**{k: float(v) if names[k].type is float else v for k,v in given.items()})
     auto = profile_values(base.profile, base.dataset, base.ipc, base.weighting)
     run = replace(base, **{k: v for k,v in auto.items() if getattr(base,k) is None})
     if run.init=='weighted' and not run.weighting.endswith('_draw'):
@@ -148,16 +146,16 @@ def digest(tensors:dict)->str:
 def save_tensors(path, tensors:dict, **meta):
     "Tensors and a few JSON values in one safetensors file, atomically."
     tensors = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}
-    write_atomic(path, save(tensors, {'meta':json.dumps(meta), 'digest':digest(tensors)}))
+    write_atomic(path, save(tensors, {'bias_distill':json.dumps(meta|dict(digest=digest(tensors)))}))  # one entry: their order is not fixed
 
 # %% ../nbs/11_experiment.ipynb #c71ce0c4
 def load_tensors(path)->tuple: # (dict of tensors, dict of JSON values)
     "What `save_tensors` wrote; a clear error for a file that is damaged."
     try:
         with safe_open(path, 'pt') as f:
-            tensors, m = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
-        if m['digest']!=digest(tensors): raise ValueError('its contents do not match their checksum')
-        return tensors, json.loads(m['meta'])
+            tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['bias_distill'])
+        if meta.pop('digest')!=digest(tensors): raise ValueError('its contents do not match their checksum')
+        return tensors, meta
     except FileNotFoundError: raise
     except Exception as e:
         raise ValueError(f"{path} is damaged ({e}): delete that file and start again; only its stage is computed anew") from e
