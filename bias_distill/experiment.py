@@ -231,6 +231,22 @@ class Experiment:
     def row_path(self, run): return self.out/f"{self.key(run)}.json"
     def __repr__(self): return '\n'.join([repr(self.data)]+[f"{self.key(r)}{' (done)' if self.row_path(r).exists() else ''}" for r in self.runs])
 
+# %% ../nbs/11_experiment.ipynb #9e97bbbe
+def _estimate(self)->float:
+    "Seconds that the stages still to do will take, roughly, from a short timing on this machine."
+    x, r = self.train.x[:64], self.run
+    net = ConvNet(size=x.shape[-1], width=r.width).to(self.device)
+    with torch.no_grad():
+        net.embed(x); t = time.perf_counter(); net.embed(x).sum().item()
+    eager = (time.perf_counter()-t)/64
+    fast = eager if r.profile=='smoke' else eager/(6 if fast_dtype(self.device.type)==torch.bfloat16 else 2.5)
+    todo = [o for o in self.runs if not self.row_path(o).exists()]
+    draws = len({o.weighting.endswith('_draw') for o in todo})
+    images = self.classes*(r.iterations*(draws*r.batch_real+3*len(todo)*r.ipc) + 3*len(todo)*r.eval_epochs*r.ipc*r.eval_networks) + len(todo)*len(self.test)*r.eval_networks
+    return images*fast + (45 if todo and r.profile!='smoke' else 5)
+
+Experiment.estimate = _estimate
+
 # %% ../nbs/11_experiment.ipynb #6a1d80d8
 def read_row(path)->dict:
     "A result row; a clear error for a file that is not one."
