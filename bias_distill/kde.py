@@ -32,12 +32,14 @@ def log_density(
         return e.exp_().sum(-1).log()       # at least log 1: no underflow, however small the variance
     return torch.cat([block(i) for i in torch.arange(n, device=z.device).split(rows)], -1)-math.log(n)
 
+# %% ../nbs/05_kde.ipynb #b5b6e8a3
 def class_density(
     z:Tensor, # (n, d) embeddings
     y:Tensor, # (n,) labels
     variance:float,
 )->Tensor:    # (n,)
     "Log density of each sample among the samples of its own class, over the whole set at once."
+    if y.shape != z.shape[:1]: raise ValueError(f"y must be ({len(z)},) to match z, got {tuple(y.shape)}")
     out = torch.empty(len(z), device=z.device)
     for k in y.unique(): out[y==k] = log_density(z[y==k], variance)
     return out
@@ -85,7 +87,8 @@ def within_class(score:Tensor, y:Tensor, tau:float=1.)->Tensor:
     return w
 
 def class_index(y:Tensor, classes:int)->list:
-    "Indices of the samples of each class; refuses a class without any."
+    "Indices of the samples of each class; refuses a class without any, and a label that is no class."
+    if len(y) and (y.min()<0 or y.max()>=classes): raise ValueError(f"labels from {y.min()} to {y.max()}: expected 0 to {classes-1}")
     index = [(y==k).nonzero()[:,0] for k in range(classes)]
     for k,i in enumerate(index):
         if not len(i): raise ValueError(f"class {k} has no image: all of the {classes} classes need some")

@@ -6,7 +6,7 @@
 __all__ = ['to_float', 'ConvNet', 'fast_dtype', 'autocast', 'can_compile', 'compiled', 'bite', 'features', 'channels_last']
 
 # %% ../nbs/01_networks.ipynb #05e4e856
-import contextlib, functools, math, os, shutil, warnings
+import contextlib, functools, logging, math, os, shutil, warnings
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .datasets import seeded
@@ -101,6 +101,7 @@ def can_compile()->bool:
 def compiled(f, on:bool=True):
     "`f` compiled for fixed shapes and run in `fast_dtype`; `f` itself, in float32, where that is switched off or impossible."
     if not on or not can_compile(): return f
+    logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)   # says at length that a CPU is no GPU
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     g = torch.compile(f, dynamic=False)
     def call(*args):

@@ -10,7 +10,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 from .datasets import seeded
 from .networks import ConvNet, features, compiled, channels_last
-from .training import check_training_set
+from .training import check_positive, check_training_set
 
 # %% ../nbs/04_supcon.ipynb #343cb5af
 def supcon(
@@ -46,6 +46,7 @@ def train_encoder(
 )->ConvNet:             # whose `forward` gives the embedding (n, dim), any norm
     "A SupCon encoder of the biased set, trained without bias labels and without augmentation."
     check_training_set(x, y)
+    check_positive(steps=steps, tau=tau, lr=lr, batch=batch, width=width, dim=dim)
     net = ConvNet(dim, x.shape[-1], width).reset(seeded(seed, 'encoder')).to(x.device, memory_format=torch.channels_last)
     opt = torch.optim.Adam(net.parameters(), lr=lr)
     loss = compiled(lambda net, x, y: supcon(net(x), y, tau), compile)
@@ -57,6 +58,7 @@ def train_encoder(
     if not l.isfinite(): raise FloatingPointError(f"the SupCon loss is {l.item()} after {steps} steps: lower lr ({lr}) or raise tau ({tau})")
     return net.eval()
 
+# %% ../nbs/04_supcon.ipynb #636a649b
 @torch.no_grad()
 def encode(net:ConvNet, x:Tensor, compile:bool=True)->Tensor:
     "Unit embeddings (n, d) of images `x`."

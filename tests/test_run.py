@@ -43,7 +43,7 @@ def run(tmp_path_factory):
 def test_two_rows(run):
     found = rows(run)
     assert sorted(r['weighting'] for r in found.values()) == ['kde','uniform']
-    assert sorted(p.suffix for p in run.iterdir() if p.is_file()) == ['.json']*2+['.png']*2+['.safetensors']*2
+    assert sorted(p.suffix for p in run.iterdir() if p.is_file()) == ['.json']*2+['.png']*3+['.safetensors']*2   # a picture each, and the strip
     for key,r in found.items():
         assert r['key'] == key and r['key'].startswith(f"cmnist-5pct-ipc2-dm-{r['weighting']}-seed0-")
         assert r['beside'] == [{'kde':'uniform','uniform':'kde'}[r['weighting']]]
