@@ -61,6 +61,14 @@ class BiasedDataset:
     biases:tuple|None=None  # of str, one a bias value
     source:str=''           # where the images came from, without any path
     def __repr__(self): return f"{self.name}: train {self.train}, test {self.test}; {self.source}"
+    @functools.cached_property
+    def fingerprint(self)->str: # 16 hexadecimal digits
+        "A hash of all images, labels and biases: the same data is the same data, wherever it came from."
+        h = hashlib.blake2b(digest_size=8)
+        for split in (self.train, self.test):
+            for t in (split.x, split.y, split.b):
+                if t is not None: h.update(repr(tuple(t.shape)).encode()); h.update(t.cpu().contiguous().numpy())
+        return h.hexdigest()
 
 # %% ../nbs/00_datasets.ipynb #179cf2e5
 MNIST_FILES = tuple(f'{part}-{kind}-ubyte' for part in ('train','t10k') for kind in ('images-idx3','labels-idx1'))

@@ -117,15 +117,15 @@ STAGE_FIELDS = dict(supcon=('dataset','conflict','seed','split')+ENCODER,
                     distill=tuple(f.name for f in fields(Run) if f.name not in ('profile','debiaser') and not f.name.startswith('eval_')),
                     row=tuple(f.name for f in fields(Run)))
 
-def stage_key(run:Run, stage:str, source:str, how:str='')->str:
-    "A hash of all that shapes a stage's result: the run's values, where the data came from and, for what is gone on with, how it is computed."
+def stage_key(run:Run, stage:str, data:str, how:str='')->str:
+    "A hash of all that shapes a stage's result: the run's values, the data's fingerprint and, for what is gone on with, how it is computed."
     keep = [k for k in STAGE_FIELDS[stage] if run.weighting!='uniform' or k not in ENCODER+('variance','tau')]
-    text = json.dumps([stage, source, {k: getattr(run,k) for k in keep}]+[how]*bool(how), sort_keys=True)
+    text = json.dumps([stage, data, {k: getattr(run,k) for k in keep}]+[how]*bool(how), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
-def run_key(run:Run, source:str)->str:
+def run_key(run:Run, data:str)->str:
     "Readable and unique: dataset, conflict, ipc, distiller, weighting, seed and a hash of everything."
-    return f"{run.dataset}-{run.conflict*100:g}pct-ipc{run.ipc}-{run.distiller}-{run.weighting}-seed{run.seed}-{stage_key(run,'row',source)}"
+    return f"{run.dataset}-{run.conflict*100:g}pct-ipc{run.ipc}-{run.distiller}-{run.weighting}-seed{run.seed}-{stage_key(run,'row',data)}"
 
 # %% ../nbs/11_experiment.ipynb #c864fbc5
 def write_atomic(path, data:bytes):
@@ -226,10 +226,10 @@ class Experiment:
                 if p.exists(): load_tensors(p)
             if self.row_path(r).exists(): read_row(self.row_path(r))
 
-    def path(self, run, stage): return self.out/'stages'/f"{stage}-{stage_key(run, stage, self.data.source, self.how)}.safetensors"
+    def path(self, run, stage): return self.out/'stages'/f"{stage}-{stage_key(run, stage, self.data.fingerprint, self.how)}.safetensors"
     def images_path(self, run): return self.out/f"{self.key(run)}.safetensors"
     def done(self, run)->bool: return all((self.out/f"{self.key(run)}.{kind}").exists() for kind in ('json','safetensors','png'))
-    def key(self, run): return run_key(run, self.data.source)
+    def key(self, run): return run_key(run, self.data.fingerprint)
     def row_path(self, run): return self.out/f"{self.key(run)}.json"
     def _load(self, data_dir):
         r, to = self.run, lambda s: Split(*(None if t is None else t.to(self.device) for t in (s.x, s.y, s.b)))
@@ -365,7 +365,7 @@ def _evaluate1(self, run):
     seconds = before | dict(distill=d['seconds']) | seconds
     memory = {k: self.memory[k] for k in before} | dict(distill=d['memory']) | memory
     row = dict(key=self.key(run)) | asdict(run) | result | self.reports[run.weighting] | dict(
-        source=self.data.source, n_train=len(self.train), n_test=len(self.test), loss=[d['loss'][run.weighting][0], d['loss'][run.weighting][-1]],
+        source=self.data.source, data=self.data.fingerprint, n_train=len(self.train), n_test=len(self.test), loss=[d['loss'][run.weighting][0], d['loss'][run.weighting][-1]],
         beside=[r.weighting for r in self.runs if r is not run], seconds=seconds, memory_mb=memory, peak_memory_mb=max(memory.values()),
         device=device_name(self.device), made=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())) | provenance() | dict(command=command(run))
     base = self.out/self.key(run)

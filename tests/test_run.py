@@ -72,7 +72,7 @@ def test_a_row_is_what_its_command_makes(run):
     for key,r in rows(run).items():
         words = r['command'].split(' -p ')
         assert words[0] == 'papermill nbs/run.ipynb out.ipynb'
-        assert run_key(Run.of(**{k: _resolve_type(v) for k,v in (w.split(' ') for w in words[1:])}), r['source']) == key
+        assert run_key(Run.of(**{k: _resolve_type(v) for k,v in (w.split(' ') for w in words[1:])}), r['data']) == key
 
 def test_images(run):
     for key in rows(run):
@@ -232,3 +232,13 @@ def test_compiled_training_agrees_with_eager():
     start = ConvNet(2, 8, 32, depth=1).reset(seeded(1)).weight
     moved = [(n.weight-start).flatten() for n in nets.values()]
     assert torch.cosine_similarity(*moved, 0) > .98 and moved[0].norm() > .01
+
+# -- the benchmark: that it runs and says what it should; its timings are no test
+
+def test_benchmark_runs(tmp_path):
+    args = [f'-p {k} {v}'.split() for k,v in dict(width=8, batch_real=8, ipc=2, repeats=2, out_dir=tmp_path).items()]
+    p = subprocess.run([sys.executable,'-m','papermill','paper_figures/benchmark.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum(args, [])],
+                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=170)
+    assert p.returncode == 0, p.stderr[-3000:]
+    row = json.loads((tmp_path/'benchmark.json').read_text())
+    assert row['ratio'] > 0 and row['cosine'] > .95 and set(row['seconds']) == {'plain','fast'}
