@@ -269,7 +269,7 @@ def show_grid(
     x = F.pad(x, (border,)*4, value=255)
     r,c,_,h,w = x.shape
     if ax is None: ax = plt.subplots(figsize=(size*c, size*r*h/w), layout='constrained')[1]
-    ax.imshow(x.permute(0,3,1,4,2).reshape(r*h, c*w, 3), interpolation='nearest')
+    ax.imshow(x.permute(0,3,1,4,2).reshape(r*h, c*w, 3).numpy(), interpolation='nearest')
     ax.set(xticks=[], yticks=[h*(i+.5)-.5 for i in range(r)] if titles else [], yticklabels=titles or [])
     ax.tick_params(length=0); ax.spines[:].set_visible(False)
     return ax

@@ -61,7 +61,7 @@ def start(split:Split, weightings:list, ipc:int, init:str=None, classes:int=10, 
 def channel_stats(x:Tensor):
     "Mean and standard deviation of each channel of uint8 images, in image range."
     f = x[:: max(1, len(x)//5000)].float()/255
-    return f.mean((0,2,3)), f.std((0,2,3)).clamp(min=1e-3)
+    return f.mean((0,2,3)).cpu(), f.std((0,2,3)).clamp(min=1e-3).cpu()
 def matcher(x:Tensor, width:int, compile:bool):
     "A ConvNet for images like `x`, the function to its features, and the one from synthetic images and targets to the loss."
     mean, std = channel_stats(x)

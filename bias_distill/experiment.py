@@ -23,6 +23,7 @@ from .augment import augment, default_strategy, draw, parse
 from .supcon import train_encoder, encode
 from .kde import WEIGHTINGS, weight_report
 from .dm import channel_stats, dm, start
+import bias_distill.bg_fmnist, bias_distill.faces # add their sets to DATASETS
 
 # %% ../nbs/11_experiment.ipynb #fe655ad4
 DISTILLERS = dict(dm=dm)
@@ -120,7 +121,7 @@ STAGE_FIELDS = dict(supcon=('dataset','conflict','seed','split')+ENCODER,
 def stage_key(run:Run, stage:str, data:str, how:str='')->str:
     "A hash of all that shapes a stage's result: the run's values, the data's fingerprint and, for what is gone on with, how it is computed."
     keep = [k for k in STAGE_FIELDS[stage] if run.weighting!='uniform' or k not in ENCODER+('variance','tau')]
-    text = json.dumps([stage, data, {k: getattr(run,k) for k in keep}]+[how]*bool(how), sort_keys=True)
+    text = json.dumps([stage, data, {k: v for k in keep if (v := getattr(run,k)) is not None}]+[how]*bool(how), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 def run_key(run:Run, data:str)->str:

@@ -28,7 +28,7 @@ def log_density(
     def block(i): # minus squared distances of some rows to all samples, over 2 s2
         e = (z[...,i,:]/variance)@z.mT
         e.sub_(half[...,i,None]).sub_(half[...,None,:]).clamp_(max=0)
-        e[...,torch.arange(len(i)),i] = 0   # to itself exactly 0, where rounding would leave 1e-7
+        e[...,torch.arange(len(i), device=z.device),i] = 0   # to itself exactly 0, where rounding would leave 1e-7
         return e.exp_().sum(-1).log()       # at least log 1: no underflow, however small the variance
     return torch.cat([block(i) for i in torch.arange(n, device=z.device).split(rows)], -1)-math.log(n)
 
