@@ -7,15 +7,13 @@ __all__ = ['DEBIAN', 'SIDE', 'TEXTURES', 'GARMENTS', 'blend', 'over_scenes', 'fi
            'bg_fmnist']
 
 # %% ../nbs/00b_bg_fmnist.ipynb #51c282c5
-import functools,gzip,hashlib,io,os,shutil,tarfile,tempfile,threading,warnings,zlib
+import functools,hashlib,warnings
 from pathlib import Path,PurePosixPath
 import numpy as np, torch
-from PIL import Image,ImageOps
-from safetensors import safe_open
-from safetensors.torch import save
+from PIL import Image
 from torch import Tensor
-from .datasets import (BiasedDataset,DATASETS,MNIST_FILES,Split,assign_bias,check_share,hold_out,seeded,
-                                   _cache_dir,_folder,_read_idx)
+from .cache import asked,cache_dir,content_digest,decode,download as fetch,entries,kept,offline,source_digest
+from .datasets import BiasedDataset,DATASETS,MNIST_FILES,Split,assign_bias,built,check_share,hold_out,seeded,_read_idx
 
 # %% ../nbs/00b_bg_fmnist.ipynb #921ae804
 def blend(
@@ -70,40 +68,7 @@ def _read_garments(raw):
         res += [x, y.long()]
     return tuple(res)
 
-# %% ../nbs/00b_bg_fmnist.ipynb #00bb072d
-@functools.cache
-def _download_garments(
-    cache:Path,    # folder to hold `FashionMNIST/raw/`
-    timeout:float, # seconds without a new byte after which to give up
-)->str:            # what went wrong, '' if nothing did
-    "Let torchvision download Fashion-MNIST into `cache`, whole or not at all; never raises, never hangs."
-    from torchvision.datasets import FashionMNIST
-    ended,part,before = [],None,-1
-    def work():
-        try: FashionMNIST(part, download=True); ended.append('')
-        except Exception as e: ended.append((str(e).strip() or type(e).__name__).splitlines()[-1])
-    def size(): return sum(f.stat().st_size for f in part.rglob('*') if f.is_file())
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix='part-', dir=cache))
-        thread = threading.Thread(target=work, daemon=True); thread.start()
-        while thread.is_alive() and before != (before := size()): thread.join(timeout)
-        why = ended[0] if ended else f'no answer in {timeout:g} s'
-        if not why and _garment_files(cache/'FashionMNIST'/'raw')[1]: # else another process was faster
-            shutil.rmtree(cache/'FashionMNIST', ignore_errors=True); os.replace(part/'FashionMNIST', cache/'FashionMNIST')
-    except OSError as e: why = f'the cache cannot be written: {e.strerror}'
-    finally: shutil.rmtree(part or '', ignore_errors=True)
-    return why
-
-# %% ../nbs/00b_bg_fmnist.ipynb #da8a85c1
-def _asked(data_dir):
-    "The folder that was named, if one was, and what named it."
-    asked,what = (data_dir,'data_dir') if data_dir else (os.environ.get('BIAS_DISTILL_DATA'),'BIAS_DISTILL_DATA')
-    if not asked: return None,what
-    if not _folder(asked).is_dir(): raise FileNotFoundError(f"{what}={str(asked)!r}: no such folder")
-    return _folder(asked),what
-
-# %% ../nbs/00b_bg_fmnist.ipynb #431734c8
+# %% ../nbs/00b_bg_fmnist.ipynb #9e81d8df
 def find_fmnist(
     data_dir:str|Path|None=None, # folder that may hold `FashionMNIST/raw/`; '' or None: not given
     download:bool=True,          # try to download it where it is not on disk
@@ -111,7 +76,7 @@ def find_fmnist(
 )->tuple:                        # train_x (n, 28, 28) uint8, train_y (n,) int64, test_x, test_y, source
     "Fashion-MNIST from `data_dir`, BIAS_DISTILL_DATA, the user's cache, Debian's package or the network."
     def found(raw, where): d = _read_garments(raw); return *d, f"Fashion-MNIST, {len(d[0]):,} + {len(d[2]):,} garments, {where}"
-    cache,(root,what),why = _cache_dir(),_asked(data_dir),'not tried'
+    cache,(root,what),why = cache_dir(),asked(data_dir),'not tried'
     places = [(cache/'FashionMNIST'/'raw', "from the user's cache"), (DEBIAN, "from Debian's package")]
     if root:
         raw = root/'FashionMNIST'/'raw'
@@ -120,23 +85,14 @@ def find_fmnist(
         places.insert(0, (raw, f'from {what}'))
     for raw,where in places:
         if not _garment_files(raw)[1]: return found(raw, where)
-    if download and os.environ.get('BIAS_DISTILL_OFFLINE', '0') in ('', '0'):
-        why = _download_garments(cache, timeout)
+    if download and not offline():
+        why = fetch('FashionMNIST', 'FashionMNIST', cache, timeout)
         if not why: return found(cache/'FashionMNIST'/'raw', 'downloaded')
     raise FileNotFoundError(f"no Fashion-MNIST found (download: {why}). Put {', '.join(MNIST_FILES)} (or .gz) into FashionMNIST/raw/ "
         "of a folder and name it as data_dir or BIAS_DISTILL_DATA, or install Debian's package dataset-fashion-mnist")
 
 # %% ../nbs/00b_bg_fmnist.ipynb #42f3240d
 SIDE = 40 # pixels a side of a photo, as kept
-
-def _photo(
-    raw:bytes, # a JPEG or PNG file
-    where:str, # whose, for the error
-)->Tensor:     # (3, 40, 40) uint8
-    "The middle square of a photo, shrunk."
-    try: im = ImageOps.fit(Image.open(io.BytesIO(raw)).convert('RGB'), (SIDE,SIDE), Image.Resampling.BICUBIC)
-    except Exception as e: raise ValueError(f"{where}: expected a photo, found {len(raw):,} bytes that Pillow cannot read ({type(e).__name__})") from e
-    return torch.from_numpy(np.array(im)).permute(2,0,1)
 
 def _by_scene(entries, where):
     "scene -> its entries `miniplaces/train/<scene>/<photo>`, for the first ten scenes, all in order of their names."
@@ -149,50 +105,16 @@ def _by_scene(entries, where):
     return {k: found[k] for k in sorted(found)[:10]}
 
 # %% ../nbs/00b_bg_fmnist.ipynb #eeb14de3
-def _read_archive(path):
-    "scene -> (n, 3, 40, 40) uint8 photos of a tar archive, packed or not, never unpacked."
-    try:
-        with tarfile.open(path) as tar:
-            files = {o.name: o for o in tar.getmembers()}
-            for o in files.values():
-                if not (o.isfile() or o.isdir()) or o.name[0] == '/' or '..' in PurePosixPath(o.name).parts:
-                    raise ValueError(f"{path}: refused, its entry {o.name!r} leaves its folder or is no plain file")
-            scenes = _by_scene((k for k,o in files.items() if o.isfile()), path)
-            order = sorted((files[o].offset, o) for v in scenes.values() for o in v) # forward only: going back unpacks anew
-            photos = {o: _photo(tar.extractfile(files[o]).read(), f'{path}: {o}') for _,o in order}
-    except (EOFError, OSError, zlib.error, tarfile.TarError) as e:
-        raise ValueError(f"{path}: expected a whole tar archive, found: {str(e).splitlines()[0].strip(':')}. Copy it again") from e
-    return {k: torch.stack([photos[o] for o in v]) for k,v in scenes.items()}
-
-def _read_folder(root):
-    "scene -> (n, 3, 40, 40) uint8 photos of the files below `root`."
-    scenes = _by_scene((o.relative_to(root).as_posix() for o in (root/'miniplaces'/'train').glob('*/*')), root)
-    return {k: torch.stack([_photo((root/o).read_bytes(), root/o) for o in v]) for k,v in scenes.items()}
-
-# %% ../nbs/00b_bg_fmnist.ipynb #d798c216
-def _hash(*what): # of str and bytes-likes
-    h = hashlib.blake2b(digest_size=8)
-    for o in what: h.update(o.encode() if isinstance(o, str) else o)
-    return h.hexdigest()
-
-def _digest(scenes): return _hash(*(o for k,v in scenes.items() for o in (f'{k} {tuple(v.shape)}', v.contiguous().numpy())))
-
-def _cached(key, read):
-    "What `read()` gives, kept in the user's cache folder under the name `key`."
-    file,part = _cache_dir()/f'scenes-{SIDE}px-{key}.safetensors',None
-    try:
-        with safe_open(file, 'pt') as f: scenes,meta = {k: f.get_tensor(k) for k in sorted(f.keys())},f.metadata()
-        if meta['digest'] == _digest(scenes): return scenes
-    except Exception: pass # not there, or damaged: made again
-    scenes = read()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle,part = tempfile.mkstemp(prefix='part-', dir=file.parent)
-        with open(handle, 'wb') as f: f.write(save(scenes, dict(digest=_digest(scenes))))
-        os.replace(part, file)
-    except OSError:
-        if part: Path(part).unlink(missing_ok=True)
-    return scenes
+def _read_scenes(
+    path:Path, # the archive, or the folder that holds miniplaces/
+)->dict:       # scene -> (n, 3, 40, 40) uint8 photos
+    "Photos of the first ten scenes by name."
+    first,inside = (path/'miniplaces','miniplaces/') if path.is_dir() else (path,'')
+    scenes = _by_scene((inside + o for o,_ in entries(first, lambda o: False)), path)
+    wanted,photos = {o for v in scenes.values() for o in v},{}
+    for o,raw in entries(first, lambda o: inside + o in wanted):
+        if raw is not None: photos[inside + o] = decode(raw, SIDE, f'{path}: {inside + o}', resample=Image.Resampling.BICUBIC)
+    return {k: torch.from_numpy(np.stack([photos[o] for o in v])) for k,v in scenes.items()}
 
 # %% ../nbs/00b_bg_fmnist.ipynb #843d40e3
 TEXTURES = dict(sky=(0,440,10,180), eaves=(0,205,310,117), roof=(0,120,35,165), gallery=(0,85,180,150), bushes=(0,380,287,140), # photo, left, top, side
@@ -210,15 +132,11 @@ def find_scenes(
     data_dir:str|Path|None=None, # folder that may hold `miniplaces/train/` or `miniplaces.tar.gz`; '' or None: not given
 )->tuple:                        # {scene: (n, 3, 40, 40) uint8}, of ten scenes in order, source
     "Photos of ten scenes from `data_dir` or BIAS_DISTILL_DATA (MiniPlaces), else ten squares of scikit-learn's photos."
-    root,what = _asked(data_dir)
-    read = None
-    if root and (train := root/'miniplaces'/'train').is_dir():
-        stamps = sorted((o.relative_to(root).as_posix(), o.stat().st_size, o.stat().st_mtime_ns) for o in train.glob('*/*'))
-        key,read = _hash(repr(stamps)),lambda: _read_folder(root)
-    elif root and (archive := root/'miniplaces.tar.gz').is_file():
-        key,read = _hash(archive.read_bytes()),lambda: _read_archive(archive)
-    if read:
-        scenes = _cached(key, read)
+    root,what = asked(data_dir)
+    path = root and next((o for o in (root/'miniplaces', root/'miniplaces.tar.gz') if o.exists()), None)
+    if path:
+        scenes,_ = kept(f'scenes-{SIDE}px-{source_digest(path)}', lambda: (_read_scenes(root if path.is_dir() else path), {}))
+        scenes = dict(sorted(scenes.items()))
         return scenes,f"MiniPlaces, 10 scenes of {min(map(len, scenes.values()))} photos or more, from {what}"
     if root: warnings.warn(f"no miniplaces.tar.gz or miniplaces/train/ in {what}: squares of scikit-learn's photos are used as scenes", stacklevel=2)
     return _textures(),"10 squares of scikit-learn's photos (a stand-in for scenes)"
@@ -251,21 +169,28 @@ def bg_fmnist(
     download:bool=True,   # see `find_fmnist`
 )->BiasedDataset:         # of 28x28 images, 10 garments, 10 scenes
     "Background Fashion-MNIST: the garment is the label, the scene behind it the bias."
-    check_share(conflict)
+    check_share(conflict); seeded(seed)
+    k = backgrounds_per_class
     if split not in ('test','validation'): raise ValueError(f"split={split!r}: expected 'test' or 'validation'")
-    k,named = backgrounds_per_class,functools.partial(seeded, seed, 'bg_fmnist')
     if isinstance(k, bool) or not isinstance(k, int) or k < 1: raise ValueError(f"backgrounds_per_class={k!r}: expected a whole number, 1 or more")
-    who = named('held out')
-    x,y,tx,ty,source = find_fmnist(data_dir, download)
+    *garments,source = find_fmnist(data_dir, download)
     scenes,where = find_scenes(data_dir)
-    train,judge = deal_photos(scenes, k, generator=named('photos'))
+    photos = deal_photos(scenes, k, generator=seeded(seed, 'bg_fmnist', 'photos')) # refuses a `k` that there is not
+    settings = dict(conflict=conflict, seed=seed, split=split, k=k)
+    digest = content_digest({str(i): o for i,o in enumerate(garments)} | scenes)
+    return built(bg_fmnist, settings, digest, lambda: _lay_over(*garments, photos, tuple(scenes), **settings), f'{source}; {where}')
+
+# %% ../nbs/00b_bg_fmnist.ipynb #09d86063
+def _lay_over(x, y, tx, ty, photos, scenes, conflict, seed, split, k):
+    "Background Fashion-MNIST from garments and photos (to train with, to judge with) of `scenes`."
+    named,source = functools.partial(seeded, seed, 'bg_fmnist'),f"{{how}}, {k} to train with"
     if split == 'validation':
-        held = hold_out(y, 1/12, generator=who)
+        held = hold_out(y, 1/12, generator=named('held out'))
         x,y,tx,ty,source = x[~held],y[~held],x[held],y[held],source+', 1/12 of the training garments held out'
     def paint(x, y, share, part, photos):
         b = assign_bias(y, share, 10, generator=named(part, 'bias'))
         return Split(over_scenes(x, b, photos, generator=named(part, 'crop')), y, b)
-    return BiasedDataset('bg_fmnist', paint(x, y, conflict, 'train', train), paint(tx, ty, .9, split, judge), GARMENTS,
-        tuple(o.replace('_', ' ') for o in scenes), f'{source}; {where}, {k} to train with')
+    train,test = paint(x, y, conflict, 'train', photos[0]),paint(tx, ty, .9, split, photos[1])
+    return BiasedDataset('bg_fmnist', train, test, GARMENTS, tuple(o.replace('_', ' ') for o in scenes), source, ('scene',))
 
 DATASETS['bg_fmnist'] = bg_fmnist

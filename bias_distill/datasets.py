@@ -355,13 +355,12 @@ def cmnist(
     *digits,source = find_mnist(data_dir, download)
     settings = dict(conflict=conflict, severity=severity, seed=seed, split=split, second=(second_bias, conflict if second_conflict is None else second_conflict))
     digest = hashlib.blake2b(b''.join(o.numpy().tobytes() for o in digits), digest_size=8).hexdigest()
-    what,how = source.rsplit(', ', 1) if source.startswith('MNIST,') else (source,'')
-    return built(cmnist, settings, digest, lambda: _paint_mnist(*digits, what + ', {how}'*bool(how), **settings), how)
+    return built(cmnist, settings, digest, lambda: _paint_mnist(*digits, **settings), source)
 
 # %% ../nbs/00_datasets.ipynb #d3eaeb84
-def _paint_mnist(x, y, tx, ty, source, conflict, severity, seed, split, second):
+def _paint_mnist(x, y, tx, ty, conflict, severity, seed, split, second):
     "Coloured MNIST from grey MNIST."
-    named,(kind,conflict2) = functools.partial(seeded, seed, 'cmnist'),second
+    named,(kind,conflict2),source = functools.partial(seeded, seed, 'cmnist'),second,'{how}'
     if split == 'validation':
         held = hold_out(y, 1/12, generator=named('held out'))
         x,y,tx,ty,source = x[~held],y[~held],x[held],y[held],source+', 1/12 of the training digits held out'

@@ -7,99 +7,16 @@ __all__ = ['SIZES', 'CLASSES', 'GENDERS', 'PUBLISHED', 'AGES', 'UTK_NAME', 'UTK_
            'deal', 'utkface', 'bffhq']
 
 # %% ../nbs/00d_faces.ipynb #ebb740a3
-import collections,functools,gzip,hashlib,io,os,re,sys,tarfile,tempfile,warnings,zlib
+import collections,functools,hashlib,os,re,sys
 from pathlib import Path,PurePosixPath
 import numpy as np, torch
-from PIL import Image
-from safetensors import SafetensorError,safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from .datasets import BiasedDataset,DATASETS,Split,_cache_dir,_folder,check_share,seeded
-
-# %% ../nbs/00d_faces.ipynb #80402dac
-SIZES = (32, 64) # pixels a side
-
-def _decode(
-    raw:bytes, # an image file
-    size:int,  # pixels a side
-    where:str, # what to call the file in an error
-)->np.ndarray: # (3, size, size) uint8
-    "One image file as RGB, resized."
-    try:
-        with Image.open(io.BytesIO(raw)) as im: im = im.convert('RGB').resize((size,size), Image.BILINEAR)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{where}: expected an image, found {len(raw):,} bytes that are none, or a damaged one") from e
-    return np.ascontiguousarray(np.asarray(im).transpose(2,0,1))
-
-# %% ../nbs/00d_faces.ipynb #a5493056
-def _entries(
-    path:Path, # a `.tar.gz`, or a folder
-    wanted,    # name -> bool: is its content wanted?
-):             # of (name, bytes or None)
-    "The files of a folder or an archive, without their folders and without hidden ones."
-    if path.is_dir():
-        for p in sorted(path.iterdir()):
-            if p.is_file() and p.name[0] != '.': yield p.name, p.read_bytes() if wanted(p.name) else None
-        return
-    try:
-        with gzip.open(path) as f, tarfile.open(fileobj=f, mode='r|') as tar:
-            for m in tar:
-                p = PurePosixPath(m.name)
-                if p.is_absolute() or '..' in p.parts or m.issym() or m.islnk():
-                    raise ValueError(f"{path}: entry {m.name!r} would leave its folder, or is a link: not the published archive")
-                if m.isfile() and p.name[0] != '.': yield p.name, tar.extractfile(m).read() if wanted(p.name) else None
-            while f.read(1 << 20): pass
-    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as e:
-        raise ValueError(f"{path}: expected a whole .tar.gz, found: {e}. It is cut or damaged: fetch it again") from e
-
-# %% ../nbs/00d_faces.ipynb #e35460af
-def _source_digest(
-    path:Path,      # a file, or a folder
-    pattern:str='*', # of the files in that folder
-)->str:             # 16 hexadecimal digits
-    "What tells this source from any other: a file's bytes; or the names, sizes and times of a folder's files."
-    h = hashlib.blake2b(digest_size=8)
-    if path.is_dir():
-        for p in sorted(path.glob(pattern)):
-            if p.is_file(): s = p.stat(); h.update(repr((p.relative_to(path).as_posix(), s.st_size, s.st_mtime_ns)).encode())
-    else:
-        with open(path, 'rb') as f:
-            while block := f.read(1 << 20): h.update(block)
-    return h.hexdigest()
-
-# %% ../nbs/00d_faces.ipynb #833ab33a
-def _content_digest(tensors):
-    h = hashlib.blake2b(digest_size=16)
-    for k,o in sorted(tensors.items()): h.update(repr((k, tuple(o.shape), o.dtype)).encode()); h.update(o.numpy())
-    return h.hexdigest()
-
-def _read_cache(path):
-    "Tensors and texts in `path`, or None where it is missing or damaged."
-    try:
-        with safe_open(path, 'pt') as f: tensors,texts = {k: f.get_tensor(k) for k in f.keys()},f.metadata() or {}
-    except (OSError, SafetensorError): return None
-    return (tensors, texts) if texts.get('digest') == _content_digest(tensors) else None
-
-# %% ../nbs/00d_faces.ipynb #5367a17b
-def _cached(
-    path:Path, # of the cached file
-    build,     # () -> tensors, texts: two dicts
-)->tuple:      # what `build` gave, now or before
-    "What `build()` gives, from `path` where that is whole, else built and kept there."
-    if (kept := _read_cache(path)) is not None: return kept
-    tensors,texts = build()
-    part = path.with_name(f'part-{os.getpid()}-{os.urandom(4).hex()}')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, dict(texts, digest=_content_digest(tensors)))
-        os.replace(part, path)
-    except (OSError, SafetensorError) as e: warnings.warn(f"the decoded faces could not be kept in {path.parent} ({e})", stacklevel=2)
-    finally:
-        if part.exists(): part.unlink()
-    return tensors, texts
+from .cache import decode,entries,kept,resolve,source_digest
+from .datasets import BiasedDataset,DATASETS,Split,built,check_share,seeded
 
 # %% ../nbs/00d_faces.ipynb #79aa1c28
+SIZES = (32, 64) # pixels a side
 CLASSES,GENDERS = ('young','old'),('female','male')
 PUBLISHED = dict(
     bffhq=('bffhq', "bffhq/ (0.5pct/, valid/, test/)", "with DFA (Lee et al. 2021, Learning Debiased Representation via Disentangled Feature Augmentation)"),
@@ -114,7 +31,7 @@ def _find(
     first,what,who = PUBLISHED[name]
     asked,how = (data_dir,'data_dir') if data_dir else (os.environ.get('BIAS_DISTILL_DATA'),'BIAS_DISTILL_DATA')
     for o in (first, first.split('.')[0]):
-        if asked and (path := _folder(asked)/o).exists(): return path, f'from {how}'
+        if asked and (path := resolve(asked)/o).exists(): return path, f'from {how}'
     raise FileNotFoundError(f"no {name} in {f'{how}={asked}' if asked else 'data_dir or BIAS_DISTILL_DATA, which are not given'}: it is published {who}, "
                             f"and not downloaded here. Fetch it, and name the folder that holds {what}")
 
@@ -153,11 +70,12 @@ def _utk_faces(
     "The faces of UTKFace that are young or old, decoded."
     faces,names,kinds,odd = {},set(),collections.Counter(),''
     bar = functools.partial(tqdm, desc='reading UTKFace', unit=' files', ascii=True, file=sys.stdout, delay=1, mininterval=1)
-    for name,raw in bar(_entries(path, lambda o: isinstance(_utk_group(o), tuple))):
+    for name,raw in bar(entries(path, lambda o: isinstance(_utk_group(PurePosixPath(o).name), tuple))):
+        name = PurePosixPath(name).name
         if name in names: raise ValueError(f"{path}: {name} is there twice, so it could be in both splits")
         names.add(name)
         group = _utk_group(name)
-        if isinstance(group, tuple): faces[name] = _decode(raw, size, f'{path}: {name}'), *group
+        if isinstance(group, tuple): faces[name] = decode(raw, size, f'{path}: {name}', squash=True), *group
         else: kinds[group] += 1; odd = name if group == 'odd' else odd
     if kinds['odd'] > .01*len(names): raise ValueError(
         f"{path}: {kinds['odd']:,} of {len(names):,} names are not <age>_<gender>_<race>_<date>.jpg.chip.jpg, e.g. {odd!r}: is this UTKFace?")
@@ -214,12 +132,18 @@ def utkface(
     "A biased set from UTKFace (Zhang et al. 2017), in the shape of BFFHQ (Lee et al. 2021)."
     _check(conflict, size, split, seed)
     path,how = _find('utkface', data_dir)
-    tensors,texts = _cached(_cache_dir()/f'utkface-{size}-{_source_digest(path)}.safetensors', lambda: _utk_faces(path, size))
+    settings,digest = dict(conflict=conflict, seed=seed, split=split, size=size, n=n, per_group=per_group),source_digest(path)
+    return built(utkface, settings, digest, lambda: _utk_set(path, digest, **settings), how)
+
+# %% ../nbs/00d_faces.ipynb #a2dd87ef
+def _utk_set(path, digest, conflict, seed, split, size, n, per_group):
+    "A biased set from the faces of UTKFace."
+    tensors,texts = kept(f'utkface-{size}-{digest}', lambda: _utk_faces(path, size))
     x,y,b = (tensors[o] for o in 'xyb')
     parts = deal(y, b, conflict, n, per_group, split, functools.partial(seeded, seed, 'utkface'))
     train,judge = (Split(x[o], y[o], b[o]) for o in parts)
-    source = f"UTKFace, {len(train):,} + {len(judge):,} faces of {len(y):,}, {size} px, {texts['skipped']} names skipped, {texts['repeated']} repeated, {how}"
-    return BiasedDataset('utkface', train, judge, CLASSES, GENDERS, source + (', judged by held-out faces' if split == 'validation' else ''))
+    source = f"UTKFace, {len(train):,} + {len(judge):,} faces of {len(y):,}, {size} px, {texts['skipped']} names skipped, {texts['repeated']} repeated, {{how}}"
+    return BiasedDataset('utkface', train, judge, CLASSES, GENDERS, source + (', judged by held-out faces' if split == 'validation' else ''), ('gender',))
 
 # %% ../nbs/00d_faces.ipynb #6c4636ee
 BFFHQ_NAME = re.compile(r'.*_([01])_([01])\.(?:png|jpg)')
@@ -250,7 +174,7 @@ def _bffhq_faces(root, pct, size):
     "All faces of BFFHQ decoded: a dict of x, y, b and the part of each; a dict of texts."
     found = _bffhq_files(root, pct)
     bar = tqdm(found, desc='reading BFFHQ', unit=' files', ascii=True, file=sys.stdout, delay=1, mininterval=1)
-    x = torch.from_numpy(np.stack([_decode(p.read_bytes(), size, str(p)) for _,p,_,_ in bar]))
+    x = torch.from_numpy(np.stack([decode(p.read_bytes(), size, str(p), squash=True) for _,p,_,_ in bar]))
     part,y,b = (torch.tensor([o[i] for o in found]) for i in (0,2,3))
     return dict(x=x, y=y, b=b, part=part), {}
 
@@ -269,13 +193,13 @@ def bffhq(
     if pct not in there: raise ValueError(f"conflict={conflict}: BFFHQ cannot be had at any share, it is released as a choice of files. "
                                           f"Expected {pct}/ in {root}, found {', '.join(there) or 'no folder ...pct'}")
     if gone := [o for o in ('valid','test') if not (root/o).is_dir()]: raise FileNotFoundError(f"no {' and no '.join(gone)} in {root}: is the set complete?")
-    digest = hashlib.blake2b(''.join(_source_digest(root/o, '**/*') for o in (pct,'valid','test')).encode(), digest_size=8).hexdigest()
-    t,_ = _cached(_cache_dir()/f'bffhq-{pct}-{size}-{digest}.safetensors', lambda: _bffhq_faces(root, pct, size))
+    digest = source_digest(*(root/o for o in (pct,'valid','test')))
+    t,_ = kept(f'bffhq-{pct}-{size}-{digest}', lambda: _bffhq_faces(root, pct, size))
     def part(name): return (t['part'] == BFFHQ_PARTS.index(name)).nonzero()[:,0]
     train = part('train'); train = train[torch.randperm(len(train), generator=seeded(seed, 'bffhq', 'order'))]
     train,judge = (Split(*(t[o][i] for o in 'xyb')) for i in (train, part(split)))
     source = f"BFFHQ {pct}, {len(train):,} + {len(judge):,} faces, {size} px, {how}"
-    return BiasedDataset('bffhq', train, judge, CLASSES, GENDERS, source + (', judged by its validation set' if split == 'validation' else ''))
+    return BiasedDataset('bffhq', train, judge, CLASSES, GENDERS, source + (', judged by its validation set' if split == 'validation' else ''), ('gender',))
 
 # %% ../nbs/00d_faces.ipynb #aed1dd60
 DATASETS.update(bffhq=bffhq, utkface=utkface)
