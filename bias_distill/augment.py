@@ -159,5 +159,5 @@ STRATEGY = dict(cmnist='none') # dataset -> strategy, where it is not the author
 def default_strategy(
     dataset:str, # name of a dataset
 )->str:          # as `parse` reads it
-    "The augmentation used where none is asked for."
+    "The augmentation of the authors' protocol for that dataset."
     return STRATEGY.get(dataset, '_'.join(OPS))

@@ -7,7 +7,7 @@ __all__ = ['cache_dir', 'resolve', 'asked', 'entries', 'decode', 'content_digest
            'offline']
 
 # %% ../nbs/000_cache.ipynb #f131d4c7
-import functools,gzip,hashlib,io,os,shutil,tarfile,tempfile,threading,warnings,zlib
+import functools,gzip,hashlib,io,json,os,shutil,tarfile,tempfile,threading,warnings,zlib
 from pathlib import Path,PurePosixPath
 import numpy as np, torch
 from PIL import Image,ImageOps
@@ -31,11 +31,12 @@ def resolve(path)->Path:
 # %% ../nbs/000_cache.ipynb #5839bfb3
 def asked(
     data_dir, # as the user gave it; '' or None: not given
+    exists:bool=True, # refuse one that is not there
 )->tuple:     # the folder, or None where none was named; what named it
     "The data folder that was named, by `data_dir` or by BIAS_DISTILL_DATA. Named and missing is an error."
     path,how = (data_dir,'data_dir') if data_dir else (os.environ.get('BIAS_DISTILL_DATA'),'BIAS_DISTILL_DATA')
     if not path: return None,how
-    if not resolve(path).is_dir(): raise FileNotFoundError(f"{how}={str(path)!r}: no such folder")
+    if exists and not resolve(path).is_dir(): raise FileNotFoundError(f"{how}={str(path)!r}: no such folder")
     return resolve(path),how
 
 # %% ../nbs/000_cache.ipynb #94ed20f0
@@ -98,8 +99,8 @@ def content_digest(
 def _read(path):
     "Tensors and texts in `path`, or None where it is missing or damaged."
     try:
-        with safe_open(path, 'pt') as f: tensors,texts = {k: f.get_tensor(k) for k in f.keys()},f.metadata() or {}
-    except (OSError, SafetensorError): return None
+        with safe_open(path, 'pt') as f: tensors,texts = {k: f.get_tensor(k) for k in f.keys()},json.loads(f.metadata()['kept'])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError): return None
     return (tensors, texts) if texts.pop('digest', None) == content_digest(tensors, texts) else None
 
 def _apart(tensors):
@@ -126,7 +127,7 @@ def kept(
     part = path.with_name(f'part-{os.getpid()}-{os.urandom(4).hex()}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_apart(tensors), part, texts | dict(digest=content_digest(tensors, texts)))
+        save_file(_apart(tensors), part, dict(kept=json.dumps(texts | dict(digest=content_digest(tensors, texts))))) # one entry: their order is not fixed
         os.replace(part, path); prune(path)
     except (OSError, SafetensorError) as e: warnings.warn(f"nothing can be kept in {path.parent} ({e}): next time it will be made again", stacklevel=2)
     finally:

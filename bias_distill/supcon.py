@@ -68,7 +68,7 @@ def encode(net:ConvNet, x:Tensor, compile:bool=True)->Tensor:
 def plot_embedding(
     z:Tensor,       # (n, d) embeddings
     y:Tensor,       # (n,) labels
-    b:Tensor,       # (n,) bias values, or None
+    b:Tensor,       # (n,) bias values, or None; of several biases, (n, k), the first gives the colour
     k:int,          # the class to show
     colours=None,   # (bias values, 3) a colour for each bias value, 0 to 1
     ax=None,        # matplotlib axes
@@ -81,7 +81,7 @@ def plot_embedding(
     i = (y==k).nonzero()[:,0][:most].cpu(); p = PCA(2, svd_solver='full').fit_transform(z.cpu()[i].numpy())
     if b is None: ax.scatter(*p.T, s=12, c='#888')
     else:
-        bi = b.cpu()[i]; ring = (bi!=k).numpy()
+        bi = b.cpu()[i].view(len(i), -1); ring, bi = (bi!=k).any(1).numpy(), bi[:,0]
         ax.scatter(*p.T, s=14, **(dict(c=colours[bi].numpy()) if colours is not None else dict(c=bi, cmap='tab10')))
         ax.scatter(*p[ring].T, s=50, facecolors='none', edgecolors='k', lw=.7)
     ax.axis('off')

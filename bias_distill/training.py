@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['chunks', 'batch_loss', 'train', 'step', 'check_positive', 'check_training_set', 'predict', 'group_table', 'by_group',
-           'plot_groups']
+           'patterns', 'plot_groups']
 
 # %% ../nbs/02_training.ipynb #052a9671
-import torch, torch.nn.functional as F
+import itertools, torch, torch.nn.functional as F
 from torch import Tensor
 from .datasets import Split, seeded
 from .networks import ConvNet, to_float, features, compiled, channels_last, bite
@@ -97,15 +97,26 @@ def group_table(
 def by_group(
     pred:Tensor, # (members, n) predicted classes
     split:Split, # the test set
+    kinds=None,  # of str, what each bias is, where there are several
 )->dict:         # of lists, one number a member, percent; None where there are no bias labels
     "Accuracy on all, on aligned, on conflicting images, and of the worst group."
     hits = (pred==split.y).double()*100
     r = dict(accuracy=hits.mean(1).tolist(), aligned=None, conflicting=None, worst_group=None)
     if split.b is None: return r
     c = split.conflicting
+    mean = lambda m: hits[:,m].mean(1).tolist() if m.any() else None
+    r |= dict(aligned=mean(~c), conflicting=mean(c))
+    if split.b.ndim==2:
+        groups = {k: hits[:,m].mean(1).tolist() for k,m in patterns(split, kinds).items() if m.any()}
+        return r | dict(worst_group=[min(g) for g in zip(*groups.values())], groups=groups)
     groups = [group_table(p, split.y, split.b) for p in pred]
-    return r | dict(aligned=hits[:,~c].mean(1).tolist(), conflicting=hits[:,c].mean(1).tolist(),
-                    worst_group=[g[~g.isnan()].min().item() for g in groups])
+    return r | dict(worst_group=[g[~g.isnan()].min().item() for g in groups])
+
+def patterns(split:Split, kinds=None)->dict:
+    "For every pattern of going with or against each of several biases, its name and which images have it (n,) bool."
+    kinds = kinds or [f'bias {k+1}' for k in range(split.b.shape[1])]
+    name = lambda p: 'against '+' and '.join(k for k,o in zip(kinds,p) if o) if any(p) else 'aligned with both' if len(p)==2 else 'aligned with all'
+    return {name(p): (split.against==torch.tensor(p, device=split.y.device)).all(1) for p in itertools.product((False,True), repeat=len(kinds))}
 
 # %% ../nbs/02_training.ipynb #073c8352
 def plot_groups(

@@ -45,8 +45,8 @@ PARAMETERS = [
     (dict(conflcit=.05), ["unknown parameter 'conflcit'", "did you mean 'conflict'?"]),
     (dict(outdir='x'), ["unknown parameter 'outdir'", "did you mean 'out_dir'?"]),
     (dict(epochs=3), ["unknown parameter 'epochs'", 'eval_epochs']),
-    (dict(compare='false'), ["compare='false'", 'expected bool, got str', 'True or False']),
-    (dict(compare=1), ['compare=1', 'expected bool, got int']),
+    (dict(compare='false'), ["compare='false'", "expected True, False, or weightings such as 'uniform,oracle'", "unknown weighting 'false'"]),
+    (dict(compare=1), ['compare=1', 'expected True, False', 'got int']),
     (dict(conflict=5), ['conflict=5', 'a share from 0 to 1', 'write 0.05']),
     (dict(conflict=-.1), ['conflict=-0.1', 'a share from 0 to 1']),
     (dict(conflict=NAN), ['conflict=nan', 'finite']),
@@ -87,9 +87,21 @@ PARAMETERS = [
     (dict(eval_epochs=-5), ['eval_epochs=-5', 'at least 1']),
     (dict(augment='crop_flop'), ["unknown augmentation 'flop'", "did you mean 'flip'?", 'color, crop, cutout, flip, scale, rotate']),
     (dict(augment='crop_crop'), ["'crop'", '2 times', "'crop_crop'"]),
-    (dict(init='weighted', weighting='kde'), ["init='weighted'", "weighting='kde_draw'", "weighting='kde'"]),
-    (dict(init='weighted', weighting='uniform'), ["init='weighted'", "weighting='kde_draw'", "weighting='uniform'"]),
+    (dict(init='weighted', weighting='kde'), ["init='weighted'", 'kde_draw', "weighting='kde'"]),
+    (dict(init='weighted', weighting='uniform'), ["init='weighted'", 'kde_draw', "weighting='uniform'"]),
     (dict(conflict=5, ipc=0, profile='fast'), ['conflict=5', 'ipc=0', "unknown profile 'fast'"]),   # all complaints at once
+    (dict(dataset='folder', conflict=.05), ['conflict=0.05', 'folder has no bias labels', 'leave it out']),
+    (dict(severity=6), ['severity=6', 'from 1 to 5']),
+    (dict(severity=2.5), ['severity=2.5', 'expected int, got float']),
+    (dict(size=48), ['size=48', '28, 32 or 64']),
+    (dict(size=32), ['size=32', 'cmnist takes severity and second_bias and second_conflict']),
+    (dict(dataset='utkface', severity=3), ['severity=3', 'utkface takes size']),
+    (dict(dataset='bg_fmnist', backgrounds_per_class=0), ['backgrounds_per_class=0', 'at least 1']),
+    (dict(second_bias='size'), ["unknown second_bias 'size'", 'none, position, scale']),
+    (dict(second_conflict=5), ['second_conflict=5', 'a share from 0 to 1', 'write 0.05']),
+    (dict(second_conflict=.05), ['second_conflict=0.05', 'expected a second_bias with it', 'position or scale']),
+    (dict(distiller='random'), ["weighting='kde'", "distiller='random' has no mean to weight", 'uniform']),
+    (dict(distiller='random', weighting='uniform', iterations=5), ['iterations=5', 'takes no steps']),
     (dict(out_dir=3), ['out_dir=3', 'expected str, got int']),
     (dict(data_dir=True), ['data_dir=True', 'expected str, got bool']),
 ]
@@ -102,7 +114,8 @@ def test_parameter(given, words, out):
 
 def test_these_differ_from_good_ones_only_in_what_is_wrong(out):
     for given in (dict(), dict(conflict=0), dict(conflict=1), dict(ipc=400), dict(seed=2**31-1), dict(weighting='kde_draw', init='weighted'),
-                  dict(augment='crop_flip'), dict(split='validation', ipc=5), dict(compare=False), dict(dataset=None)): as_notebook(out, **given)
+                  dict(augment='crop_flip'), dict(split='validation', ipc=5), dict(compare=False), dict(compare='uniform,oracle'), dict(dataset=None), dict(severity=5),
+                  dict(second_bias='scale', second_conflict=.01), dict(distiller='random', weighting='uniform'), dict(weighting='oracle')): as_notebook(out, **given)
     assert not [f for f in files(out) if f not in ('notes.txt','cmnist-5pct-ipc1-dm-kde-seed0-0.json',str(Path('stages')/'supcon-0.safetensors'))]
 
 # -- parameters that are not plain, or plain and odd
@@ -322,7 +335,7 @@ FUNCTIONS = {
     'cmnist: severity 6': (lambda: cmnist(severity=6), ValueError, ['severity=6', '1, 2, 3, 4, 5']),
     'load: unknown': (lambda: load('cminst'), ValueError, ["unknown dataset 'cminst'", "did you mean 'cmnist'?"]),
     'ConvNet: too small images': (lambda: ConvNet(size=4), ValueError, ['size=4', '8 pixels']),
-    'Experiment: compare "no"': (lambda: Experiment(Run.of(profile='smoke'), compare='no'), ValueError, ["compare='no'", 'True or False']),
+    'Experiment: compare "no"': (lambda: Experiment(Run.of(profile='smoke'), compare='no'), ValueError, ["compare='no'", 'expected True, False', "unknown weighting 'no'"]),
 }
 
 @pytest.mark.parametrize('f,kind,words', FUNCTIONS.values(), ids=FUNCTIONS.keys())
@@ -343,7 +356,10 @@ def test_refused_images_leave_the_network_alone():
 PAPERMILL = {
     'misspelt': (['-p','iqc','10'], "unknown parameter 'iqc', did you mean 'ipc'? (choose from: dataset, conflict, ipc"),
     'conflict 5': (['-p','conflict','5'], 'conflict=5: expected a share from 0 to 1; for 5 % write 0.05'),
-    'compare false': (['-p','compare','false'], "compare='false': expected bool, got str (write True or False)"),
+    'compare false': (['-p','compare','false'], "compare='false': expected True, False, or weightings such as 'uniform,oracle'"),
+    'another set\'s setting': (['-p','backgrounds_per_class','3'], 'backgrounds_per_class=3: cmnist takes severity and second_bias and second_conflict'),
+    'no faces': (['-p','dataset','utkface'], 'it is published at susanqq.github.io/UTKFace, and not downloaded here. Fetch it, and name the folder that holds UTKFace.tar.gz'),
+    'folder of nobody': (['-p','dataset','folder'], 'no data_dir: expected your images, in <data_dir>/<class>/*.png'),
     'dataset': (['-p','dataset','cmnst'], "unknown dataset 'cmnst', did you mean 'cmnist'? (choose from: cmnist"),
 }
 

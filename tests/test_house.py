@@ -37,6 +37,7 @@ def test_notebook_is_light(p): assert p.stat().st_size < 300_000
 @pytest.mark.parametrize('p', NOTEBOOKS, ids=name)
 def test_cells_are_short(p):
     for c in code_cells(p):
+        if 'parameters' in c['metadata'].get('tags', []): continue    # a table: papermill wants a line each
         lines = [l for l in ''.join(c['source']).splitlines() if l.strip()]
         assert len(lines) <= 30, f"{len(lines)} lines in the cell that begins {lines[0]!r}"
 

@@ -1,0 +1,254 @@
+"The main job runs on every dataset, on small sets made here; what is wrong with files is said before any work; nothing lands beside the data."
+import gzip, io, json, os, struct, subprocess, sys, tarfile, threading, time
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image
+from bias_distill.cache import cache_dir
+from bias_distill.datasets import DATASETS, MNIST_FILES, load
+from bias_distill.experiment import Experiment, Run, data_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+CIFAR = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
+    monkeypatch.setenv('BIAS_DISTILL_CACHE', str(tmp_path_factory.mktemp('cache')))
+
+# -- small sets, each in the layout in which it is published
+
+def picture(i, side, kind='png'):
+    "A smooth picture, another for every `i`."
+    x = np.random.default_rng(i).integers(0, 256, (3,3,3), dtype=np.uint8)
+    f = io.BytesIO(); Image.fromarray(x).resize((side,side), Image.Resampling.BICUBIC).save(f, kind, **(dict(quality=95) if kind=='jpeg' else {})); return f.getvalue()
+
+def put(path, raw): path.parent.mkdir(parents=True, exist_ok=True); path.write_bytes(raw); return path
+
+def tar(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, 'w:gz') as t:
+        for name,raw in files.items(): m = tarfile.TarInfo(name); m.size = len(raw); t.addfile(m, io.BytesIO(raw))
+    return path.parent
+
+def garments(root):
+    idx = lambda a: struct.pack(f'>{1+a.ndim}I', 2048+a.ndim, *a.shape)+a.tobytes()
+    rng = np.random.default_rng(0)
+    for i,n in enumerate((300,300,100,100)):
+        a = rng.integers(0, 256, (n,28,28), dtype=np.uint8) if i%2==0 else np.arange(n, dtype=np.uint8)%10
+        put(root/'FashionMNIST'/'raw'/f'{MNIST_FILES[i]}.gz', gzip.compress(idx(a)))
+    return root
+
+def cifar_files(train=20, test=10):
+    return {f'cifar10/{part}/{c}/{i:04}.png': picture(1000*k+i+500*(part=='test'), 32) for part,n in (('train',train),('test',test)) for k,c in enumerate(CIFAR) for i in range(n)}
+
+def utk_files():
+    counts = {(25,1):560, (50,0):560, (25,0):520, (50,1):520}
+    return {f'UTKFace/{age}_{g}_0_2017{i:06}{age}{g}000.jpg.chip.jpg': picture(10_000*age+5_000*g+i, 64, 'jpeg') for (age,g),m in counts.items() for i in range(m)}
+
+def bffhq(root, pct='5pct'):
+    i = 0
+    for folder,counts in ((pct,(38,2)), ('valid',(4,4)), ('test',(6,6))):
+        for c in (0,1):
+            for b,m in zip((c,1-c), counts):
+                for _ in range(m):
+                    inside = f"{'align' if b==c else 'conflict'}/{c}" if folder==pct else ''
+                    put(root/'bffhq'/folder/inside/f'{i}_{c}_{b}.png', picture(i, 80)); i += 1
+    return root
+
+def own(root, classes=('cats','dogs','owls'), n=20):
+    for k,c in enumerate(classes):
+        for i in range(n): put(root/c/f'{i}.png', picture(100*k+i, 40))
+    return root
+
+MADE = dict(
+    cmnist=lambda d: ({}, None), bg_fmnist=lambda d: ({}, garments(d)), corrupted_cifar10=lambda d: ({}, tar(d/'cifar10.tar.gz', cifar_files())),
+    bffhq=lambda d: (dict(conflict=.05), bffhq(d)), utkface=lambda d: (dict(size=32), tar(d/'UTKFace.tar.gz', utk_files())),
+    folder=lambda d: ({}, own(d/'mine')), layout=lambda d: (dict(conflict=.05, size=32), bffhq(d)/'bffhq'))
+
+@pytest.fixture
+def made(request, tmp_path): return request.param, *MADE[request.param](tmp_path/'data')
+
+def everything(folder): return {p.relative_to(folder): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob('*')} if folder else {}
+def finish(e): e.kde(e.supcon()); e.distill(); return e.evaluate()
+
+# -- the main job
+
+def test_these_are_all(): assert set(MADE) == set(DATASETS)
+
+@pytest.mark.filterwarnings('ignore:no miniplaces')
+@pytest.mark.parametrize('made', MADE, indirect=True)
+def test_main_job(made, tmp_path):
+    name, given, data = made
+    before = everything(data)
+    run = Run.of(profile='smoke', dataset=name, ipc=2, **given)
+    e = Experiment(run, data_dir=data and str(data), out_dir=str(tmp_path/'runs'))
+    rows = finish(e)
+    assert [r['weighting'] for r in rows] == ['uniform','kde'] and everything(data) == before
+    labelled = name != 'folder'
+    for r in rows:
+        assert r['dataset'] == name and r['data'] == e.data.fingerprint and r['n_train'] == len(e.data.train) and str(tmp_path) not in json.dumps(r)
+        for k in ('aligned','conflicting','worst_group'): assert (r[k] is not None) == labelled
+        assert (r['auroc'] is not None) == labelled == (r['weight_on_conflicting'] is not None) == (r['conflict'] is not None)
+        assert all(0 <= a <= 100 for a in r['accuracy']) and {k: r[k] for k in data_settings(name)} == {k: getattr(run, k) for k in data_settings(name)}
+    again = Experiment(run, data_dir=data and str(data), out_dir=str(tmp_path/'runs'))     # from the cache
+    assert again.data.fingerprint == e.data.fingerprint and finish(again) == rows
+
+def test_oracle_and_random_images_beside(tmp_path):
+    run = Run.of(profile='smoke', ipc=2, weighting='oracle')
+    rows = finish(Experiment(run, out_dir=str(tmp_path), compare='uniform,kde,oracle_draw'))
+    assert [r['weighting'] for r in rows] == ['uniform','kde','oracle_draw','oracle'] and [r['uses_bias_labels'] for r in rows] == [False,False,True,True]
+    assert 'supcon' not in rows[3]['seconds'] and 'supcon' in rows[1]['seconds'] and rows[3]['auroc'] == 1 and rows[2]['weight_on_conflicting'] > .85
+    alone, = finish(Experiment(Run.of(profile='smoke', ipc=2, weighting='oracle'), out_dir=str(tmp_path/'alone'), compare=False))
+    assert {k: v for k,v in alone.items() if k not in ('beside','seconds','memory_mb','peak_memory_mb','made')} == {k: v for k,v in rows[3].items() if k not in ('beside','seconds','memory_mb','peak_memory_mb','made')}
+    e = Experiment(Run.of(profile='smoke', ipc=2, distiller='random', weighting='uniform'), out_dir=str(tmp_path)); row, = finish(e)
+    assert row['loss'] == [] and row['iterations'] == 0
+    x = (e.synthetic['uniform']*255).round().byte().flatten(0,1)                          # they are real images
+    assert all((e.data.train.x[e.data.train.y==k//2] == x[k]).flatten(1).all(1).any() for k in range(20))
+
+def test_no_labels_reach_a_method(monkeypatch, tmp_path):
+    "Every label-free weighting gives the same on a set whose bias labels are shuffled."
+    from bias_distill import experiment
+    run, rows = Run.of(profile='smoke', ipc=1, weighting='kde_draw'), []
+    for shuffle in (False, True):
+        def loaded(*a, **k):
+            d = load(*a, **k)
+            if shuffle: d.train.b.copy_(d.train.b[torch.randperm(len(d.train.b))])
+            return d
+        monkeypatch.setattr(experiment, 'load', loaded)
+        e = Experiment(run, out_dir=str(tmp_path/str(shuffle)), compare='uniform,kde'); finish(e); rows.append(e.synthetic)
+    for k in rows[0]: assert torch.equal(rows[0][k], rows[1][k])
+
+def test_two_biases(tmp_path):
+    run = Run.of(profile='smoke', ipc=2, second_bias='position', second_conflict=.2)
+    rows = finish(Experiment(run, out_dir=str(tmp_path)))
+    for r in rows:
+        assert list(r['groups']) == ['aligned with both','against position','against colour','against colour and position']
+        assert all(len(v) == 2 for v in r['groups'].values()) and len(r['auroc_by_bias']) == len(r['weight_by_bias']) == 2
+        assert r['worst_group'] == [min(o) for o in zip(*r['groups'].values())] and r['aligned'] == r['groups']['aligned with both']
+    assert abs(rows[0]['weight_by_bias'][0]-.05) < .03 and abs(rows[0]['weight_by_bias'][1]-.2) < .05
+    from bias_distill.figures import group_table
+    assert len(group_table(rows).splitlines()) == 4 and 'against colour and position' in group_table(rows)
+
+# -- the cache
+
+def test_cached_sets_are_keyed_by_all_that_shapes_them(tmp_path):
+    data = garments(tmp_path/'data'); put(data/'miniplaces'/'x', b'')
+    (data/'miniplaces'/'x').unlink(); (data/'miniplaces').rmdir()
+    prints, sets = set(), lambda: sorted(p.name for p in cache_dir().glob('bg_fmnist-*'))
+    with pytest.warns(UserWarning, match='no miniplaces'):
+        for given in (dict(), dict(conflict=.2), dict(seed=1), dict(split='validation')): prints.add(load('bg_fmnist', **dict(dict(conflict=.05), **given), data_dir=data).fingerprint)
+        assert len(prints) == 4 == len(sets())
+        assert load('bg_fmnist', data_dir=data).fingerprint in prints and len(sets()) == 4
+        (data/'FashionMNIST'/'raw'/f'{MNIST_FILES[1]}.gz').write_bytes(gzip.compress(struct.pack('>2I', 2049, 300)+bytes(300)))      # other labels: another set
+        assert load('bg_fmnist', data_dir=data).fingerprint not in prints and len(sets()) == 5
+
+@pytest.mark.parametrize('damage', [lambda o: o[:-100], lambda o: o[:-1]+bytes([o[-1]^1]), lambda o: b'', lambda o: o[:50]], ids=['cut','a bit','empty','header'])
+def test_a_damaged_cache_is_noticed_and_built_again(damage):
+    good = load('cmnist').fingerprint
+    f, = cache_dir().glob('cmnist-*')
+    whole = f.read_bytes(); f.write_bytes(damage(whole))
+    assert load('cmnist').fingerprint == good and f.read_bytes() == whole
+
+def test_two_processes_build_the_same_set_at_once(tmp_path):
+    code = "import sys; from bias_distill.datasets import load; print('READY', flush=True); sys.stdin.readline(); print(load('cmnist', .02, 3).fingerprint)"
+    env = {k: v for k,v in os.environ.items() if k != 'BIAS_DISTILL_DATA'} | dict(BIAS_DISTILL_CACHE=str(tmp_path/'c'))
+    both = [subprocess.Popen([sys.executable,'-c',code], cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for p in both: assert p.stdout.readline() == 'READY\n'
+    for p in both: p.stdin.write('\n'); p.stdin.flush()
+    prints = {p.communicate(timeout=100)[0] for p in both}
+    assert prints == {load('cmnist', .02, 3).fingerprint+'\n'} and len(list((tmp_path/'c').iterdir())) == 1
+
+def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
+    put(tmp_path/'file', b''); good = load('cmnist').fingerprint
+    monkeypatch.setenv('BIAS_DISTILL_CACHE', str(tmp_path/'file'/'below'))
+    with pytest.warns(UserWarning, match='nothing can be kept'): assert load('cmnist').fingerprint == good
+
+# -- what is wrong with files: one clear error each
+
+def refused(words, name, data, **kw):
+    before = everything(data)
+    with pytest.raises((ValueError, FileNotFoundError)) as e: load(name, **dict(dict(conflict=None if name=='folder' else .05), **kw), data_dir=data)
+    assert not [w for w in words if w not in str(e.value)], str(e.value)
+    assert everything(data) == before and not list(data.parent.parent.rglob('evil*'))
+
+def cut(path, keep=.6): path.write_bytes(path.read_bytes()[:int(keep*path.stat().st_size)]); return path.parent
+
+def test_missing(tmp_path):
+    (tmp_path/'d').mkdir()
+    for name,words in dict(utkface=['no utkface','susanqq.github.io/UTKFace','UTKFace.tar.gz'], bffhq=['no bffhq','DFA','0.5pct'],
+                           corrupted_cifar10=['CIFAR-10','cifar10'], folder=['two classes or more']).items():
+        refused(words, name, tmp_path/'d')
+
+@pytest.mark.parametrize('name,file,files', [('utkface','UTKFace.tar.gz',utk_files), ('corrupted_cifar10','cifar10.tar.gz',cifar_files)])
+def test_bad_archives(name, file, files, tmp_path):
+    good = files(); first = next(iter(good))
+    refused(['cut or damaged', file], name, cut(tar(tmp_path/'cut'/file, good)/file))
+    refused(['would leave its folder','evil'], name, tar(tmp_path/'out'/file, good | {'../../evil.png': b'1'}))
+    refused(['would leave its folder','evil'], name, tar(tmp_path/'abs'/file, good | {'/evil.png': b'1'}))
+    refused(['expected an image', Path(first).name], name, tar(tmp_path/'text'/file, good | {first: b'<html>log in</html>'}))
+    refused(['expected an image', Path(first).name], name, tar(tmp_path/'half'/file, good | {first: good[first][:len(good[first])//2]}))
+    assert not [p for p in cache_dir().rglob('*') if p.is_file()]                          # nothing half made is kept
+
+def test_bad_cifar(tmp_path):
+    good = cifar_files()
+    refused(['32', '31'], 'corrupted_cifar10', tar(tmp_path/'size'/'cifar10.tar.gz', good | {'cifar10/train/cat/0003.png': picture(1, 31)}))
+    refused(['truck'], 'corrupted_cifar10', tar(tmp_path/'nine'/'cifar10.tar.gz', {k: v for k,v in good.items() if '/truck/' not in k}))
+    refused(['truck'], 'corrupted_cifar10', tar(tmp_path/'train'/'cifar10.tar.gz', {k: v for k,v in good.items() if 'test/truck/' not in k}))
+    refused(['severity=6'], 'corrupted_cifar10', tmp_path/'nine', severity=6)
+
+def test_grey_and_alpha_are_converted(tmp_path):
+    d = own(tmp_path/'d')
+    for i,mode in enumerate(('L','LA','RGBA','P','1','I;16','CMYK')):
+        im = Image.new(mode, (40,40), 120) if mode in ('L','P','1','I;16') else Image.new(mode, (40,40), tuple(range(60, 60+len(mode)*20, 20)))
+        im.save(d/'cats'/f'mode_{mode.replace(";","")}.{"jpg" if mode=="CMYK" else "png"}')
+    s = load('folder', None, data_dir=d)
+    assert len(s.train)+len(s.test) == 67 and s.train.x.shape[1:] == (3,32,32)
+
+FOLDERS = {
+    'one class': (lambda d: own(d, ['cats']), ['two classes or more']),
+    'empty class': (lambda d: (own(d), (d/'bats').mkdir(), d)[-1], ["class 'bats' has no image"]),
+    'class in train only': (lambda d: (own(d/'train'), own(d/'test', ['cats','dogs']), d)[-1], ['owls in train/ only']),
+    'class in test only': (lambda d: (own(d/'train', ['cats','dogs']), own(d/'test'), d)[-1], ['owls in test/ only']),
+    'no image': (lambda d: put(own(d)/'cats'/'3.png', b'<html>').parents[1], ['cats/3.png','expected an image']),
+    'truncated': (lambda d: cut(own(d)/'cats'/'3.png', .5).parent, ['cats/3.png','expected an image']),
+    'a mixture': (lambda d: (own(d/'train'), own(d/'test'), own(d, ['cats']), d)[-1], ['mixture'])}
+
+@pytest.mark.parametrize('name', FOLDERS)
+def test_bad_folders(name, tmp_path): refused(FOLDERS[name][1], 'folder', FOLDERS[name][0](tmp_path/'d'))
+
+def test_conflict_of_a_folder(tmp_path): refused(['conflict=0.05','leave it out'], 'folder', own(tmp_path/'d'), conflict=.05)
+def test_size_of_a_folder(tmp_path): refused(['size=48','28, 32 or 64'], 'folder', own(tmp_path/'d'), size=48)
+
+LAYOUTS = {
+    'a name that does not parse': (lambda d: put(d/'5pct'/'align'/'0'/'face.png', picture(1, 80)), ['face.png']),
+    'name against folder': (lambda d: put(d/'5pct'/'align'/'0'/'99_0_1.png', picture(1, 80)), ['99_0_1.png']),
+    'no image': (lambda d: put(d/'test'/'98_0_1.png', b'text'), ['98_0_1.png']),
+    'one test image of another size': (lambda d: put(d/'test'/'98_0_1.png', picture(1, 60)), ['98_0_1.png', '60', '80']),
+    'no test': (lambda d: (d/'test').rename(d/'tset'), ['test']),
+    'class in train only': (lambda d: [p.unlink() for p in (d/'test').glob('*_1_*.png')], ['test'])}
+
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_bad_layouts(name, tmp_path):
+    change, words = LAYOUTS[name]; d = bffhq(tmp_path/'data')/'bffhq'; change(d)
+    refused(words, 'layout', d)
+    if 'size' not in name: refused([], 'bffhq', d.parent)
+
+def test_faces_of_bad_names(tmp_path):
+    files = utk_files(); odd = {f'UTKFace/{i}.jpg': b'1' for i in range(30)}
+    refused(['names are not <age>_<gender>_<race>_<date>','is this UTKFace?'], 'utkface', tar(tmp_path/'d'/'UTKFace.tar.gz', files | odd))
+    few = {k: v for k,v in files.items() if not k.startswith('UTKFace/50_1')}
+    refused(['are old and female'], 'utkface', tar(tmp_path/'few'/'UTKFace.tar.gz', few))
+
+# -- interchange
+
+@pytest.mark.filterwarnings('ignore:no miniplaces')
+@pytest.mark.parametrize('made', ['bg_fmnist','corrupted_cifar10','bffhq','utkface'], indirect=True)
+def test_round_trip(made, tmp_path):
+    from bias_distill.layout import export
+    name, given, data = made
+    conflict, kw = given.get('conflict', .05), {k: v for k,v in given.items() if k != 'conflict'}
+    export(name, tmp_path/'out', conflict=conflict, data_dir=data, **kw)
+    folder, = (tmp_path/'out').iterdir()
+    ours, theirs = ([load(o, conflict, 0, d, s, **k) for s in ('test','validation')] for o,d,k in ((name, data, kw), ('layout', folder, {})))
+    for a,b in ((ours[0].test, theirs[0].test), (ours[1].test, theirs[1].test), (ours[1].train, theirs[1].train), (ours[1].train, theirs[0].train)):
+        for k in 'xyb': assert torch.equal(getattr(a,k), getattr(b,k))
