@@ -294,8 +294,6 @@ class Experiment:
         self.train, self.test = to(self.data.train), to(self.data.test)
         small = self.data.train.y.bincount(minlength=self.classes).min()
         if r.ipc > small: raise ValueError(f"ipc={r.ipc}: the smallest class of {self.data.source} has {small} images; expected at most that")
-    @property
-    def needs_encoder(self)->bool: return any(o.weighting not in BLIND for o in self.runs)
     def __repr__(self): return '\n'.join([repr(self.data)]+[f"{self.key(r)}{' (done)' if self.done(r) else ''}" for r in self.runs])
 
 # %% ../nbs/11_experiment.ipynb #9e97bbbe
@@ -351,6 +349,7 @@ def _weights(self, z)->dict:
     return self.weightings
 
 Experiment._stored, Experiment.supcon, Experiment.kde = _stored, _supcon, _weights
+Experiment.needs_encoder = property(lambda self: any(o.weighting not in BLIND for o in self.runs))
 
 # %% ../nbs/11_experiment.ipynb #23e43414
 def _state(self, run)->dict:

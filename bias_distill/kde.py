@@ -164,18 +164,25 @@ def weight_report(
     batch:int=256,   # real images of a class in a batch
     draws:int=20,    # batches to average over
     *, generator,
-)->dict:             # auroc, weight_on_conflicting; both None where the set has no bias labels
-    "How well the weights find the bias-conflicting samples. Uses bias labels, to report only."
-    if split.b is None: return dict(auroc=None, weight_on_conflicting=None)
-    c = torch.cat([split.conflicting[:,None], split.against], 1).cpu()   # against any bias, then against each
-    index, share = class_index(split.y, classes), 0
+)->dict:             # auroc, weight_on_conflicting (None where the set has no bias labels); effective_share
+    "How well the weights find the bias-conflicting samples, and how few images carry them. Uses bias labels, to report only."
+    labels = torch.zeros(len(split), 0) if split.b is None else torch.cat([split.conflicting[:,None], split.against], 1)   # against any bias, then against each
+    index, share, effective, c = class_index(split.y, classes), 0, [], labels.cpu()
     for _ in range(draws):
         i = draw_batch(index, batch, weighting.p, generator=generator)
         w = torch.ones(i.shape) if weighting.in_batch is None else weighting.in_batch(i).cpu()
         share = share+(w[...,None]*c[i.cpu()]).sum((0,1))/w.sum()/draws
+        effective.append(_effective(w))
+    if weighting.p is not None: effective = [_effective(weighting.p[i][None]) for i in index]
+    effective = sum(effective)/len(effective)
+    if split.b is None: return dict(auroc=None, weight_on_conflicting=None, effective_share=effective)
     aucs, share = [_auroc(o, split.y.cpu(), weighting.score, classes) for o in c.T], share.tolist()
     each = dict(auroc_by_bias=aucs[1:], weight_by_bias=share[1:]) if len(share)>2 else {}
-    return dict(auroc=aucs[0], weight_on_conflicting=share[0]) | each
+    return dict(auroc=aucs[0], weight_on_conflicting=share[0], effective_share=effective) | each
+
+def _effective(w):
+    "The share of the samples that count, (sum w)^2/(n sum w^2), mean over rows: 1 for equal weights, 1/n for one alone (Kish)."
+    w = w.double().cpu(); return (w.sum(-1)**2/(w.pow(2).sum(-1)*w.shape[-1])).mean().item()
 
 def _auroc(c, y, score, classes):
     "Mean over classes of the AUROC of `score` for `c`; None where no class has both kinds."
