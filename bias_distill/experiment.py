@@ -10,21 +10,21 @@ __all__ = ['DISTILLERS', 'DEBIASERS', 'SPLITS', 'INITS', 'DATA_FIELDS', 'PROFILE
            'evaluation_networks', 'evaluate', 'device_name', 'command', 'write_figure', 'save_picture', 'read_params']
 
 # %% ../nbs/11_experiment.ipynb #dca4548f
-import contextlib, hashlib, inspect, io, json, math, os, platform, subprocess, sys, tempfile, time, warnings
+import contextlib, hashlib, importlib, inspect, io, json, math, os, platform, subprocess, sys, tempfile, time, warnings
 from dataclasses import dataclass, asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from .datasets import DATASETS, SECOND, Split, load, lookup, unknown, seeded, show_grid, check_share
+from .datasets import DATASETS, ELSEWHERE, SECOND, Split, load, lookup, unknown, seeded, show_grid, check_share
 from .networks import ConvNet, can_compile, fast_dtype
 from .training import train, predict, by_group
 from .augment import augment, default_strategy, draw, parse
 from .supcon import train_encoder, encode
 from .kde import LABELLED, WEIGHTINGS, weight_report
 from .dm import channel_stats, dm, start
-import bias_distill.bg_fmnist, bias_distill.corrupted_cifar10, bias_distill.faces, bias_distill.folder, bias_distill.layout # add their sets to DATASETS
+for o in ELSEWHERE: importlib.import_module(f'bias_distill.{o}') # they add their sets to DATASETS
 
 # %% ../nbs/11_experiment.ipynb #fe655ad4
 def random(split, weightings, state, iterations, *args, **kw):

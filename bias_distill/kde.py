@@ -75,16 +75,16 @@ def uniform(z=None, y=None, variance=None, tau=None)->Weighting:
     "Every real image counts the same: the vanilla methods."
     return Weighting('uniform')
 
-def kde(z:Tensor, y:Tensor, variance:float=.1, tau:float=1.)->Weighting:
+def kde(z:Tensor, y:Tensor, variance:float=.05, tau:float=1.)->Weighting:
     "Weights in the mean, density inside the batch (Cui et al. 2024)."
     return Weighting('kde', -class_density(z, y, variance), in_batch=lambda i: weights(log_density(z[i], variance), tau))
 
-def kde_draw(z:Tensor, y:Tensor, variance:float=.1, tau:float=1.)->Weighting:
+def kde_draw(z:Tensor, y:Tensor, variance:float=.05, tau:float=1.)->Weighting:
     "Weights in the draw, density over the whole class."
     score = -class_density(z, y, variance)
     return Weighting('kde_draw', score, p=within_class(score, y, tau))
 
-def kde_rare(z:Tensor, y:Tensor, variance:float=.1, tau:float=1., rare:float=.05)->Weighting:
+def kde_rare(z:Tensor, y:Tensor, variance:float=.05, tau:float=1., rare:float=.05)->Weighting:
     "The rarest share of each class weighs as much as all the rest; within each part all weigh the same. `tau` is not used."
     if not 0 < rare < 1: raise ValueError(f"rare={rare}: expected a share between 0 and 1")
     score = -class_density(z, y, variance)
@@ -157,6 +157,18 @@ def draw_initial(index:list, ipc:int, p:Tensor=None, *, generator)->Tensor:
     return torch.stack([i[pick(i)] for i in index])
 
 # %% ../nbs/05_kde.ipynb #646e79d7
+def _effective(w):
+    "The share of the samples that count, (sum w)^2/(n sum w^2), mean over rows: 1 for equal weights, 1/n for one alone (Kish)."
+    w = w.double().cpu(); return (w.sum(-1)**2/(w.pow(2).sum(-1)*w.shape[-1])).mean().item()
+
+def _auroc(c, y, score, classes):
+    "Mean over classes of the AUROC of `score` for `c`; None where no class has both kinds."
+    from sklearn.metrics import roc_auc_score
+    score = torch.zeros(len(c)) if score is None else score.cpu()
+    auc = [roc_auc_score(c[y==k], score[y==k]) for k in range(classes) if 0 < c[y==k].sum() < (y==k).sum()]
+    return sum(auc)/len(auc) if auc else None
+
+# %% ../nbs/05_kde.ipynb #14751c4d
 def weight_report(
     weighting:Weighting,
     split:Split,     # the training set, with its bias labels, or None for those
@@ -179,17 +191,6 @@ def weight_report(
     aucs, share = [_auroc(o, split.y.cpu(), weighting.score, classes) for o in c.T], share.tolist()
     each = dict(auroc_by_bias=aucs[1:], weight_by_bias=share[1:]) if len(share)>2 else {}
     return dict(auroc=aucs[0], weight_on_conflicting=share[0], effective_share=effective) | each
-
-def _effective(w):
-    "The share of the samples that count, (sum w)^2/(n sum w^2), mean over rows: 1 for equal weights, 1/n for one alone (Kish)."
-    w = w.double().cpu(); return (w.sum(-1)**2/(w.pow(2).sum(-1)*w.shape[-1])).mean().item()
-
-def _auroc(c, y, score, classes):
-    "Mean over classes of the AUROC of `score` for `c`; None where no class has both kinds."
-    from sklearn.metrics import roc_auc_score
-    score = torch.zeros(len(c)) if score is None else score.cpu()
-    auc = [roc_auc_score(c[y==k], score[y==k]) for k in range(classes) if 0 < c[y==k].sum() < (y==k).sum()]
-    return sum(auc)/len(auc) if auc else None
 
 # %% ../nbs/05_kde.ipynb #44ba1948
 def plot_weights(

@@ -252,3 +252,18 @@ def test_round_trip(made, tmp_path):
     ours, theirs = ([load(o, conflict, 0, d, s, **k) for s in ('test','validation')] for o,d,k in ((name, data, kw), ('layout', folder, {})))
     for a,b in ((ours[0].test, theirs[0].test), (ours[1].test, theirs[1].test), (ours[1].train, theirs[1].train), (ours[1].train, theirs[0].train)):
         for k in 'xyb': assert torch.equal(getattr(a,k), getattr(b,k))
+
+# -- the notebook itself, where the report differs
+
+@pytest.mark.parametrize('name', ['folder','cmnist'])
+def test_notebook(name, tmp_path):
+    given = dict(folder=dict(data_dir=own(tmp_path/'mine')), cmnist=dict(second_bias='scale', second_conflict=.1, weighting='kde_rare', compare='uniform,oracle'))[name]
+    args = [o for k,v in (given | dict(dataset=name, profile='smoke', ipc=2, out_dir=tmp_path/'runs')).items() for o in ('-p', k, str(v))]
+    env = {k: v for k,v in os.environ.items() if k not in ('IN_TEST','BIAS_DISTILL_DATA')}
+    p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=170)
+    assert p.returncode == 0, p.stderr[-3000:]
+    outputs = [o for c in json.loads((tmp_path/'out.ipynb').read_text())['cells'] for o in c.get('outputs', [])]
+    text = '\n'.join(''.join(o['data'].get('text/markdown', '')) for o in outputs if 'data' in o)
+    assert sum('image/png' in o.get('data', {}) for o in outputs) >= 6
+    if name == 'folder': assert 'AUROC' not in text and 'conflicting' not in text.replace('bias-conflicting','') and '| DM + KDE |' in text
+    else: assert 'against colour and scale' in text and 'DM + KDE, two levels (ours)' in text and 'DM + oracle (bias labels)' in text
