@@ -259,7 +259,7 @@ def test_round_trip(made, tmp_path):
 def test_notebook(name, tmp_path):
     given = dict(folder=dict(data_dir=own(tmp_path/'mine')), cmnist=dict(second_bias='scale', second_conflict=.1, weighting='kde_rare', compare='uniform,oracle'))[name]
     args = [o for k,v in (given | dict(dataset=name, profile='smoke', ipc=2, out_dir=tmp_path/'runs')).items() for o in ('-p', k, str(v))]
-    env = {k: v for k,v in os.environ.items() if k not in ('IN_TEST','BIAS_DISTILL_DATA')}
+    env = {k: v for k,v in os.environ.items() if k not in ('IN_TEST','BIAS_DISTILL_DATA','MPLBACKEND')}   # inline pictures
     p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=170)
     assert p.returncode == 0, p.stderr[-3000:]
     outputs = [o for c in json.loads((tmp_path/'out.ipynb').read_text())['cells'] for o in c.get('outputs', [])]

@@ -68,3 +68,9 @@ def test_readme_links_exist():
     assert paths, 'README.md links to no file of the repository'
     missing = [p for p in paths if not (ROOT/p).exists()]
     assert not missing, missing
+
+def test_figures_are_made_from_rows(tmp_path):
+    "The figure notebooks that only read rows run, and leave the repository as it was."
+    for p in [o for o in WITH_PARAMETERS if o.stem == 'faces']:
+        r = subprocess.run([sys.executable,'-m','papermill',str(p),str(tmp_path/p.name),'--no-progress-bar'], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert r.returncode == 0, r.stderr[-2000:]
