@@ -92,7 +92,7 @@ PROFILES = dict(
     paper=dict(encoder_steps=150, encoder_width=32, iterations=20_000, lr_img=1., batch_real=256, width=128, eval_networks=20,
                eval_epochs=lambda ipc: 1000, eval_batch=256))
 ALWAYS = dict(variance=.05, tau=1., encoder_tau=.5, eval_lr=.01)
-BY_DATASET = dict(corrupted_cifar10=dict(encoder_steps=800, variance=.1), utkface=dict(encoder_steps=50))   # laptop; see the text
+BY_DATASET = dict(corrupted_cifar10=dict(encoder_steps=800, variance=.1), utkface=dict(encoder_steps=50, variance=.2))   # laptop; see the text
 
 def profile_values(profile:str, dataset:str, ipc:int, weighting:str)->dict:
     "What a profile decides for a dataset, a number of images per class and a weighting."
