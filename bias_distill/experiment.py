@@ -142,7 +142,9 @@ def disagreements(run:Run, given:Run)->list:
     "What is wrong with values that are each right by themselves."
     bad, takes = [], data_settings(run.dataset)
     if run.init=='weighted' and not run.weighting.endswith('_draw'): bad.append(f"init='weighted' needs a weighting that draws, {' or '.join(k for k in WEIGHTINGS if k.endswith('_draw'))}, got weighting={run.weighting!r}")
-    if _defaults(run.dataset)['conflict'] is None and given.conflict is not None: bad.append(f"conflict={given.conflict}: {run.dataset} has no bias labels, so there is no ratio to set; leave it out")
+    unknown_bias = _defaults(run.dataset)['conflict'] is None
+    if unknown_bias and run.weighting in LABELLED: bad.append(f"weighting={run.weighting!r}: {run.dataset} has no bias labels for an oracle to read; expected {', '.join(k for k in WEIGHTINGS if k not in LABELLED)}")
+    if unknown_bias and given.conflict is not None: bad.append(f"conflict={given.conflict}: {run.dataset} has no bias labels, so there is no ratio to set; leave it out")
     for k in DATA_FIELDS:
         if getattr(given, k) is not None and k not in takes: bad.append(f"{k}={getattr(given, k)!r}: {run.dataset} takes {' and '.join(takes) or 'no such setting'}; expected that, or None")
     if run.rare is not None and run.weighting!='kde_rare': bad.append(f"rare={run.rare}: only weighting='kde_rare' takes it, got weighting={run.weighting!r}")

@@ -91,6 +91,8 @@ PARAMETERS = [
     (dict(init='weighted', weighting='uniform'), ["init='weighted'", 'kde_draw', "weighting='uniform'"]),
     (dict(conflict=5, ipc=0, profile='fast'), ['conflict=5', 'ipc=0', "unknown profile 'fast'"]),   # all complaints at once
     (dict(dataset='folder', conflict=.05), ['conflict=0.05', 'folder has no bias labels', 'leave it out']),
+    (dict(dataset='folder', weighting='oracle'), ["weighting='oracle'", 'folder has no bias labels', 'uniform, kde']),
+    (dict(dataset='folder', compare='uniform,oracle'), ["weighting='oracle'", 'folder has no bias labels']),
     (dict(severity=6), ['severity=6', 'from 1 to 5']),
     (dict(severity=2.5), ['severity=2.5', 'expected int, got float']),
     (dict(size=48), ['size=48', '28, 32 or 64']),
