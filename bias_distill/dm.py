@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['real_features', 'weighted_mean', 'class_loss', 'dm_gradients', 'initial_images', 'start', 'channel_stats', 'matcher',
-           'dm', 'move']
+           'dm', 'moved', 'commit']
 
 # %% ../nbs/06_dm.ipynb #085c01dd
 import torch
@@ -88,14 +88,14 @@ def dm(
     for t in range(state['t'], iterations):
         net.reset(seeded(seed,'dm',t,'net'))
         params = draw(strategy, 1, generator=seeded(seed,'dm',t,'augment'), siamese=True) if parse(strategy) else None
-        drawn = {}                                 # real batches of this step: weightings that draw alike share one
+        drawn, moves = {}, {}                      # real batches of this step: weightings that draw alike share one
         for w in weightings:
             if id(w.p) not in drawn: drawn[id(w.p)] = _real(embed, split.x, index, batch, w.p, params, seeded(seed,'dm',t,'real'))
             i, f = drawn[id(w.p)]
             target = weighted_mean(f, None if w.in_batch is None else w.in_batch(i))
             l, grad = dm_gradients(loss, state['x'][w.name], target, params, most)
-            move(state, w.name, l, grad*scale, lr)
-        state['t'] = t+1
+            moves[w.name] = l, grad*scale
+        commit(state, moved(state, moves, lr))
         yield state
 
 # %% ../nbs/06_dm.ipynb #37c59293
@@ -104,9 +104,18 @@ def _real(embed, x, index, batch, p, params, generator):
     i = draw_batch(index, batch, p, generator=generator)
     return i, real_features(embed, x[i], params)
 
-def move(state, name, loss, grad, lr, momentum=.5):
-    "One SGD step with momentum on the images, kept in the range of an image; stops at a loss that is not finite."
-    if not loss.isfinite(): raise FloatingPointError(f"the loss of {name!r} is {loss.item()} at step {state['t']}: lower lr ({lr})")
-    state['v'][name].mul_(momentum).add_(grad)
-    state['x'][name].sub_(lr*state['v'][name]).clamp_(0, 1)
-    state['loss'][name].append(loss.item())
+def moved(state, moves, lr, momentum=.5)->dict:
+    "One SGD step with momentum, images kept in the range of an image. `moves`: name -> (loss, gradient). Gives name -> (x, v, loss); `state` stays."
+    new = {}
+    for name,(loss,grad) in moves.items():
+        if not loss.isfinite(): raise FloatingPointError(f"the loss of {name!r} is {loss.item()} at step {state['t']}: lower lr ({lr})")
+        if not grad.isfinite().all(): raise FloatingPointError(f"the gradient of {name!r} is not finite at step {state['t']}, where its loss is {loss.item():.3g}: lower lr ({lr})")
+        v = state['v'][name]*momentum+grad; x = (state['x'][name]-lr*v).clamp(0, 1)
+        if not x.isfinite().all(): raise FloatingPointError(f"the images of {name!r} are not finite after step {state['t']}: lower lr ({lr})")
+        new[name] = x, v, loss.item()
+    return new
+
+def commit(state, new, **more):
+    "Make what `moved` gave the state of the next step; all at once, so that a state that was good stays good if a step fails."
+    for name,(x,v,loss) in new.items(): state['x'][name], state['v'][name] = x, v; state['loss'][name].append(loss)
+    state.update(more, t=state['t']+1)

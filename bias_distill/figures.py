@@ -76,7 +76,7 @@ def markdown(header:list, lines:list)->str:
     return '\n'.join([line(header), line(['---']+['---:']*(len(header)-1))]+[line(o) for o in lines])
 
 # %% ../nbs/12_figures.ipynb #e9f6a68d
-DISTILLER_NAMES = dict(dm='DM', random='real images at random')
+DISTILLER_NAMES = dict(dm='DM', dc='DC', dsa='DSA', mtt='MTT', random='real images at random')
 WEIGHTING_NAMES = dict(uniform='', kde='KDE', kde_draw='KDE in the draw (ours)', kde_rare='KDE, two levels (ours)', oracle='oracle (bias labels)', oracle_draw='oracle in the draw (bias labels)')
 
 def method(run)->str:

@@ -98,12 +98,13 @@ def can_compile()->bool:
     warnings.warn("no C++ compiler found: running without torch.compile, several times slower")
     return False
 
-def compiled(f, on:bool=True):
-    "`f` compiled for fixed shapes and run in `fast_dtype`; `f` itself, in float32, where that is switched off or impossible."
+def compiled(f, on:bool=True, exact:bool=False):
+    "`f` compiled for fixed shapes and run in `fast_dtype` (`exact`: in float32); `f` itself, in float32, where that is switched off or impossible."
     if not on or not can_compile(): return f
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)   # says at length that a CPU is no GPU
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     g = torch.compile(f, dynamic=False)
+    if exact: return g
     def call(*args):
         with autocast(next(a.device.type for a in args if isinstance(a, Tensor))): return g(*args)
     return call
