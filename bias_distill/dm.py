@@ -104,14 +104,14 @@ def _real(embed, x, index, batch, p, params, generator):
     i = draw_batch(index, batch, p, generator=generator)
     return i, real_features(embed, x[i], params)
 
-def moved(state, moves, lr, momentum=.5)->dict:
+def moved(state, moves, lr, momentum=.5, cause=None)->dict:
     "One SGD step with momentum, images kept in the range of an image. `moves`: name -> (loss, gradient). Gives name -> (x, v, loss); `state` stays."
-    new = {}
+    new, cause = {}, cause or f'lower lr ({lr})'
     for name,(loss,grad) in moves.items():
-        if not loss.isfinite(): raise FloatingPointError(f"the loss of {name!r} is {loss.item()} at step {state['t']}: lower lr ({lr})")
-        if not grad.isfinite().all(): raise FloatingPointError(f"the gradient of {name!r} is not finite at step {state['t']}, where its loss is {loss.item():.3g}: lower lr ({lr})")
+        if not loss.isfinite(): raise FloatingPointError(f"the loss of {name!r} is {loss.item()} at step {state['t']}: {cause}")
+        if not grad.isfinite().all(): raise FloatingPointError(f"the gradient of {name!r} is not finite at step {state['t']}, where its loss is {loss.item():.3g}: {cause}")
         v = state['v'][name]*momentum+grad; x = (state['x'][name]-lr*v).clamp(0, 1)
-        if not x.isfinite().all(): raise FloatingPointError(f"the images of {name!r} are not finite after step {state['t']}: lower lr ({lr})")
+        if not x.isfinite().all(): raise FloatingPointError(f"the images of {name!r} are not finite after step {state['t']}: {cause}")
         new[name] = x, v, loss.item()
     return new
 

@@ -105,15 +105,11 @@ def dsa(
     state:dict,            # from `start`, or one handed out before
     iterations:int=1000,   # networks, one after the other
     lr:float=.1,           # of the images, in normalised units as the peers'
-    batch:int=256,         # real images of a class and step
-    width:int=128,         # of the ConvNets
+    batch:int=256, width:int=128, # real images of a class and step; channels of the ConvNets
     strategy:str='color_crop_cutout_flip_scale_rotate', # siamese augmentation; 'none' is DC
-    classes:int=10,
-    compile:bool=True,     # False for short runs
-    *, outer_steps:int=10, # matching steps with one network
-    inner_epochs:int=50,   # epochs of training between two of them
-    lr_net:float=.01,      # of that training
-    seed:int,
+    classes:int=10, compile:bool=True, *,
+    outer_steps:int=10, inner_epochs:int=50, # matching steps with one network; epochs of training between two of them
+    lr_net:float=.01, seed:int, # lr_net: of that training
 ):                         # a generator of states
     "Gradient matching (Zhao et al. 2021; Zhao and Bilen 2021) with weights (Cui et al. 2024), step by step."
     check_positive(outer_steps=outer_steps, inner_epochs=inner_epochs, lr_net=lr_net)
@@ -126,11 +122,11 @@ def dsa(
             if id(w.p) not in drawn: i = draw_batch(index, batch, w.p, generator=named('real')); drawn[id(w.p)] = i, by_class(split.x[i], params)
             _recall(net, state, w.name, t, outer_steps, seed)
             moves[w.name] = _match(net, fs, *drawn[id(w.p)], w, state['x'][w.name], params, scale, most)
-        new, own = moved(state, moves, lr), {}
-        for w in weightings if (t+1)%outer_steps else ():
-            _recall(net, state, w.name, t, outer_steps, seed)
-            train_a_little(net, new[w.name][0], inner_epochs, lr_net, strategy, loss, generator=named('inner'))
-            own[w.name] = _kept(net, w.name, t, lr_net)
+        new, own = moved(state, moves, lr, cause=f'lower lr ({lr})'+f' or lr_net ({lr_net})'*(t%outer_steps>0)), {}
+        for name in new if (t+1)%outer_steps else ():
+            _recall(net, state, name, t, outer_steps, seed)
+            train_a_little(net, new[name][0], inner_epochs, lr_net, strategy, loss, generator=named('inner'))
+            own[name] = _kept(net, name, t, lr_net)
         commit(state, new, own=own)
         yield state
 

@@ -27,7 +27,7 @@ from .supcon import train_encoder, encode
 from .kde import LABELLED, WEIGHTINGS, weight_report
 from .dm import channel_stats, dm, start
 from .dsa import dc, dsa, loops
-from .mtt import SGD_BATCH, check_reach, mtt, train_experts
+from .mtt import SGD_BATCH, mtt, train_experts
 for o in ELSEWHERE: importlib.import_module(f'bias_distill.{o}') # they add their sets to DATASETS
 
 # %% ../nbs/11_experiment.ipynb #fe655ad4
@@ -180,6 +180,7 @@ def _of(cls, **given)->Run:
     if bad := disagreements(run, base): raise ValueError('; '.join(bad))
     return run
 
+# %% ../nbs/11_experiment.ipynb #5df9e807
 def disagreements(run:Run, given:Run)->list:
     "What is wrong with values that are each right by themselves."
     bad, takes = [], data_settings(run.dataset)
@@ -197,6 +198,7 @@ def disagreements(run:Run, given:Run)->list:
         bad.append(f"weighting={run.weighting!r}: distiller='random' has no mean to weight; expected uniform, or one that draws")
     return bad
 
+# %% ../nbs/11_experiment.ipynb #08fff535
 def method_disagreements(run:Run, given:Run)->list:
     "What is wrong with values that the distiller does not take, or not together."
     bad, takes = [], distiller_settings(run.distiller)
@@ -432,7 +434,7 @@ def _state(self, run)->dict:
     t, m = load_tensors(p)
     to = lambda k: {name: t[k].to(self.device)}
     own = {name: {k.removeprefix('own.'): v.to(self.device) for k,v in t.items() if k.startswith('own.')}}
-    return dict(t=m['t'], x=to('x'), v=to('v'), loss={name: m['loss']}, seconds=m['seconds'], memory=m['memory'], experts=m['experts']) | (dict(own=own) if own[name] else {})
+    return dict(t=m['t'], x=to('x'), v=to('v'), loss={name: m['loss']}, seconds=m['seconds'], memory=m['memory'], experts=m.get('experts')) | (dict(own=own) if own[name] else {})
 
 def _distill(self, save_every:float=20.)->dict:
     "Synthetic images (classes, ipc, 3, h, w) of each run, by weighting."
@@ -478,7 +480,7 @@ def _together(self, runs, states, save_every):
             try:
                 with watch(took, memory, 'distill'): next(steps)
             except FloatingPointError as e:
-                keep(); raise FloatingPointError(f"{e} The images after {joint['t']} good steps are kept in {', '.join(str(self.path(o,'distill')) for o in runs)}") from e
+                keep(); raise FloatingPointError(f"{str(e).replace('lower lr (', 'lower lr_img (')}. The images after {joint['t']} good steps are kept in {', '.join(str(self.path(o,'distill')) for o in runs)}") from e
             b.update()
             if time.monotonic()-last > save_every: keep(); last = time.monotonic()
     keep()

@@ -79,6 +79,7 @@ def steps(net, compile:bool=True)->tuple:
         return grad_and_value(along, (0,1))(q, x)
     return compiled(ahead, compile, exact=True), compiled(back, compile, exact=True)
 
+# %% ../nbs/08_mtt.ipynb #6dae65a9
 def trajectory_gradients(
     fs:tuple,     # from `steps`
     theta:dict,   # the expert's parameters where the student starts
@@ -108,28 +109,27 @@ def mtt(
     state:dict,            # from `start`, or one handed out before
     iterations:int=5000,   # steps in all
     lr:float=1000.,        # of the images, in normalised units as the peers'
-    batch:int=256,         # synthetic images a student's step, at most
-    width:int=128,         # of the ConvNets, as the experts'
+    batch:int=256, width:int=128, # not used (the experts have seen the real images); channels of the ConvNets
     strategy:str='none',   # augmentation of the student's batches
-    classes:int=10,
-    compile:bool=True,     # False for short runs
-    *, trajectories:dict,  # weighting name -> what `train_experts` returned
+    classes:int=10, compile:bool=True, *,
+    trajectories:dict,     # weighting name -> what `train_experts` returned
     student_steps:int=20,  # SGD steps on synthetic images
     ahead:int=3,           # snapshots between start and target
     latest_start:int=25,   # last snapshot to start from
-    lr_net:float=.01,      # the student's learning rate to begin with
-    lr_lr:float=1e-5,      # learning rate of that learning rate
-    seed:int,
+    lr_net:float=.01, lr_lr:float=1e-5, seed:int, # the student's learning rate to begin with; its own learning rate
 ):                         # a generator of states
     "Trajectory matching (Cazenavette et al. 2022) with weighted experts, step by step."
     check_positive(student_steps=student_steps, ahead=ahead, lr_net=lr_net); check_reach(trajectories, latest_start, ahead)
     net = student(split, width, classes); fs, scale = steps(net, compile), net.std.pow(2)
+    trajectories = {n: {k: o[k] for k,_ in net.named_parameters()} for n,o in trajectories.items()}   # in this order, whatever a file's: sums depend on it
     for w in weightings: state.setdefault('own', {}).setdefault(w.name, dict(lr=torch.tensor(lr_net, device=split.x.device), v=torch.zeros((), device=split.x.device)))
     for t in range(state['t'], iterations):
         moves, own = {}, {}
         for w in weightings:
             moves[w.name], g = _follow(fs, state, w.name, trajectories[w.name], t, student_steps, ahead, latest_start, strategy, scale, seed)
-            was = state['own'][w.name]; v = .5*was['v']+g; own[w.name] = dict(lr=(was['lr']-lr_lr*v).clamp(min=1e-6), v=v)
+            was, loss = state['own'][w.name], moves[w.name][0]
+            if not loss.isfinite(): raise FloatingPointError(f"the loss of {w.name!r} is {loss.item()} at step {t}, where its student's learning rate is {was['lr'].item():.3g}: lower lr ({lr}), lr_net ({lr_net}) or lr_lr ({lr_lr})")
+            v = .5*was['v']+g; own[w.name] = dict(lr=(was['lr']-lr_lr*v).clamp(min=1e-6), v=v)
         commit(state, moved(state, moves, lr), own=own)
         yield state
 

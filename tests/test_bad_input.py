@@ -104,6 +104,19 @@ PARAMETERS = [
     (dict(second_conflict=.05), ['second_conflict=0.05', 'expected a second_bias with it', 'position or scale']),
     (dict(distiller='random'), ["weighting='kde'", "distiller='random' has no mean to weight", 'uniform']),
     (dict(distiller='random', weighting='uniform', iterations=5), ['iterations=5', 'takes no steps']),
+    (dict(outer_steps=5), ['outer_steps=5', 'only dc and dsa take it', "distiller='dm'"]),
+    (dict(distiller='dsa', experts=3), ['experts=3', 'only mtt takes it', "distiller='dsa'"]),
+    (dict(distiller='mtt', inner_epochs=3), ['inner_epochs=3', 'only dc and dsa', "distiller='mtt'"]),
+    (dict(distiller='dsa', outer_steps=0), ['outer_steps=0', 'at least 1']),
+    (dict(distiller='dsa', lr_net=0.), ['lr_net=0.0', 'above 0']),
+    (dict(distiller='dsa', augment='none'), ["augment='none'", 'DSA is DC', "distiller='dc'"]),
+    (dict(distiller='dc', augment='crop'), ["augment='crop'", 'without augmentation', "distiller='dsa'"]),
+    (dict(distiller='mtt', latest_start=3, ahead=2), ['latest_start=3', 'ahead=2', 'snapshot 5', 'the experts have 3']),
+    (dict(distiller='mtt', latest_start=-1), ['latest_start=-1', 'at least 0']),
+    (dict(distiller='mtt', epoch_steps=-1), ['epoch_steps=-1', 'at least 0']),
+    (dict(distiller='mtt', student_steps=2.5), ['student_steps=2.5', 'expected int']),
+    (dict(distiller='mmt'), ["unknown distiller 'mmt'", "did you mean 'mtt'?", 'dm, dc, dsa, mtt, random']),
+    (dict(eval_width=0), ['eval_width=0', 'at least 1']),
     (dict(out_dir=3), ['out_dir=3', 'expected str, got int']),
     (dict(data_dir=True), ['data_dir=True', 'expected str, got bool']),
 ]
@@ -117,7 +130,8 @@ def test_parameter(given, words, out):
 def test_these_differ_from_good_ones_only_in_what_is_wrong(out):
     for given in (dict(), dict(conflict=0), dict(conflict=1), dict(ipc=400), dict(seed=2**31-1), dict(weighting='kde_draw', init='weighted'),
                   dict(augment='crop_flip'), dict(split='validation', ipc=5), dict(compare=False), dict(compare='uniform,oracle'), dict(dataset=None), dict(severity=5),
-                  dict(second_bias='scale', second_conflict=.01), dict(distiller='random', weighting='uniform'), dict(weighting='oracle')): as_notebook(out, **given)
+                  dict(second_bias='scale', second_conflict=.01), dict(distiller='random', weighting='uniform'), dict(weighting='oracle'), dict(distiller='dc', outer_steps=3),
+                  dict(distiller='dsa', augment='crop'), dict(distiller='mtt', epoch_steps=0, ahead=2, latest_start=1), dict(eval_width=16)): as_notebook(out, **given)
     assert not [f for f in files(out) if f not in ('notes.txt','cmnist-5pct-ipc1-dm-kde-seed0-0.json',str(Path('stages')/'supcon-0.safetensors'))]
 
 # -- parameters that are not plain, or plain and odd
