@@ -116,8 +116,7 @@ def dsa(
     batch:int=256, width:int=128, # real images of a class and step; channels of the ConvNets
     strategy:str='color_crop_cutout_flip_scale_rotate', # siamese augmentation; 'none' is DC
     classes:int=10, compile:bool=True, *,
-    outer_steps:int=10, inner_epochs:int=50, # matching steps with one network; epochs of training between two of them
-    lr_net:float=.01, seed:int, # lr_net: of that training
+    outer_steps:int=10, inner_epochs:int=50, lr_net:float=.01, seed:int, # matching steps with one network; epochs and learning rate of its training between two of them
 ):                         # a generator of states
     "Gradient matching (Zhao et al. 2021; Zhao and Bilen 2021) with weights (Cui et al. 2024), step by step."
     check_positive(outer_steps=outer_steps, inner_epochs=inner_epochs, lr_net=lr_net)
@@ -125,7 +124,7 @@ def dsa(
     for t in range(state['t'], iterations*outer_steps):
         named = lambda *a: seeded(seed, 'dsa', t, *a)
         params = [draw(strategy, 1, generator=named('augment',c), siamese=True) for c in range(classes)] if parse(strategy) else None
-        moves, drawn = {}, {}
+        moves, drawn = {}, {}                      # weightings that draw alike share their real images
         for w in weightings:
             if id(w.p) not in drawn: i = draw_batch(index, batch, w.p, generator=named('real')); drawn[id(w.p)] = i, by_class(split.x[i], params)
             _recall(net, state, w.name, t, outer_steps, seed)

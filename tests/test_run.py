@@ -1,5 +1,5 @@
 "The main job, as users start it; and what it promises: killed and resumed, twice at once, or again, the result is the same."
-import json, os, signal, subprocess, sys, time
+import functools, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
@@ -90,7 +90,9 @@ def test_the_same_command_again_touches_nothing(run):
 def test_the_same_again_computes_nothing(run, monkeypatch):
     before = state(run)
     for name in ('train_encoder','encode','train','save_tensors'): monkeypatch.setattr(experiment, name, None)
-    monkeypatch.setitem(experiment.DISTILLERS, 'dm', None)
+    @functools.wraps(experiment.DISTILLERS['dm'])
+    def no(*args, **kw): raise AssertionError('distilled again')
+    monkeypatch.setitem(experiment.DISTILLERS, 'dm', no)
     t = time.monotonic(); e = Experiment(Run.of(profile='smoke', ipc=2), out_dir=str(run)); again = finish(e)
     assert time.monotonic()-t < 5 and again == [rows(run)[r['key']] for r in again] and state(run) == before
 
