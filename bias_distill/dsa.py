@@ -16,7 +16,7 @@ from .networks import ConvNet, to_float, compiled, channels_last, bite
 from .training import batch_loss, check_positive, chunks, step
 from .augment import augment, draw, parse
 from .kde import Weighting, class_index, draw_batch, uniform
-from .dm import channel_stats, commit, moved, start
+from .dm import channel_stats, check_finite, commit, moved, network_for, start
 
 # %% ../nbs/07_dsa.ipynb #0d4d86e7
 def rows(g:Tensor)->Tensor:
@@ -139,8 +139,7 @@ def dsa(
 
 # %% ../nbs/07_dsa.ipynb #1aa901e6
 def _tools(split, width, classes, compile):
-    mean, std = channel_stats(split.x)
-    net = ConvNet(classes, split.x.shape[-1], width, mean=mean, std=std).to(split.x.device, memory_format=torch.channels_last)
+    net = network_for(split.x, width, classes)
     return net, class_index(split.y, classes), net.std.pow(2), gradients(net, compile), compiled(batch_loss, compile), 2048 if split.x.is_cuda else 16
 
 def _recall(net, state, name, t, outer_steps, seed):
@@ -158,8 +157,8 @@ def _match(net, fs, i, x, w, syn, params, scale, most):
 def _kept(net, name, t, lr):
     "The network's parameters, to go on with."
     own = {k: v.detach().clone() for k,v in net.named_parameters()}
-    if all(v.isfinite().all() for v in own.values()): return own
-    raise FloatingPointError(f"the network trained on {name!r} has parameters that are not finite after step {t}: lower lr_net ({lr})")
+    check_finite(own, f"after step {t}, the network trained on {name!r} is", f'lower lr_net ({lr})')
+    return own
 
 # %% ../nbs/07_dsa.ipynb #49966d23
 def dc(split, weightings, state, iterations=1000, lr=.1, batch=256, width=128, strategy='none', classes=10, compile=True, *,

@@ -25,7 +25,7 @@ from .training import train, predict, by_group
 from .augment import augment, default_strategy, draw, parse
 from .supcon import train_encoder, encode
 from .kde import LABELLED, WEIGHTINGS, weight_report
-from .dm import channel_stats, dm, start
+from .dm import dm, network_for, start
 from .dsa import dc, dsa, loops
 from .mtt import SGD_BATCH, mtt, train_experts
 for o in ELSEWHERE: importlib.import_module(f'bias_distill.{o}') # they add their sets to DATASETS
@@ -514,9 +514,8 @@ def _evaluate(self)->list:
 
 def evaluation_networks(run:Run, split:Split, classes:int):
     "Fresh networks for a run, as one crowd: the same for every weighting."
-    mean, std = channel_stats(split.x)
-    net = ConvNet(classes, split.x.shape[-1], run.eval_width or run.width, members=run.eval_networks, mean=mean, std=std)
-    return net.reset([seeded(run.seed,'evaluate',i) for i in range(run.eval_networks)]).to(split.x.device, memory_format=torch.channels_last)
+    net = network_for(split.x, run.eval_width or run.width, classes, run.eval_networks)
+    return net.reset([seeded(run.seed,'evaluate',i) for i in range(run.eval_networks)])
 
 def evaluate(x, y, run:Run, data:Split, test:Split, classes:int, compile:bool=True, progress=None, kinds=None, lr=None)->dict:
     "Accuracy by group of `run.eval_networks` networks trained on images `x` with labels `y`; learning rate `lr` where the run leaves it open."
