@@ -10,7 +10,7 @@ __all__ = ['real_features', 'weighted_mean', 'class_loss', 'dm_gradients', 'init
 import torch
 from torch import Tensor
 from .datasets import Split, seeded
-from .networks import ConvNet, to_float, features, compiled, channels_last
+from .networks import ConvNet, NETWORKS, to_float, features, compiled, channels_last
 from .training import check_training_set
 from .augment import parse, draw, augment
 from .kde import Weighting, class_index, draw_batch, draw_initial, uniform
@@ -62,10 +62,10 @@ def channel_stats(x:Tensor):
     "Mean and standard deviation of each channel of uint8 images, in image range."
     f = x[:: max(1, len(x)//5000)].float()/255
     return f.mean((0,2,3)).cpu(), f.std((0,2,3)).clamp(min=1e-3).cpu()
-def network_for(x:Tensor, width:int, classes:int=1, members:int=1)->ConvNet:
-    "A ConvNet for images like `x`: their size, their channels' mean and standard deviation, their device."
+def network_for(x:Tensor, width:int, classes:int=1, members:int=1, kind:str=None):
+    "A network (a ConvNet, or the `kind` of `NETWORKS`) for images like `x`: their size, their channels' mean and standard deviation, their device."
     mean, std = channel_stats(x)
-    return ConvNet(classes, x.shape[-1], width, members=members, mean=mean, std=std).to(x.device, memory_format=torch.channels_last)
+    return NETWORKS[kind or 'convnet'](classes, x.shape[-1], width, members=members, mean=mean, std=std).to(x.device, memory_format=torch.channels_last)
 
 def matcher(x:Tensor, width:int, compile:bool):
     "A ConvNet for images like `x`, the function to its features, and the one from synthetic images and targets to the loss."

@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 import torch
 from dataclasses import asdict
-from .experiment import BLIND, ENCODER, Run, read_row
+from .experiment import Run, ignored, read_row
 
 # %% ../nbs/12_figures.ipynb #4bcf41cb
 PAPER, FAIRDD = 'Cui et al. 2024, abstract', 'FairDD (NeurIPS 2025), App. E, Table 9'
@@ -64,10 +64,10 @@ def where(rows:list, **setting)->list:
 
 def plain(rows:list)->list:
     "The rows whose settings are all their profile's own: those that differ only in what a table varies."
-    vary = ('dataset','conflict','ipc','distiller','weighting','debiaser','profile','seed','split')
+    vary = ('dataset','conflict','ipc','distiller','weighting','debiaser','profile','seed','split','network')
     def own(r):
-        auto = asdict(Run.of(**{k: r[k] for k in vary if r[k] is not None}))
-        return all(r[k]==v for k,v in auto.items() if k in r and not (r['weighting'] in BLIND and k in ENCODER+('variance','tau')))
+        auto = asdict(Run.of(**{k: r[k] for k in vary if r.get(k) is not None}))
+        return all(r[k]==v for k,v in auto.items() if k in r and k not in ignored(r['weighting']))
     return [r for r in rows if own(r)]
 
 def markdown(header:list, lines:list)->str:

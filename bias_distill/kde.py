@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTINGS', 'LABELLED', 'log_density', 'class_density', 'weights', 'Weighting', 'within_class', 'uniform', 'kde',
-           'kde_draw', 'kde_rare', 'class_index', 'two_levels', 'group_weights', 'oracle', 'oracle_draw', 'draw_batch',
-           'draw_initial', 'weight_report', 'plot_weights', 'show_weighted']
+           'kde_draw', 'kde_rare', 'class_index', 'two_levels', 'group_weights', 'oracle', 'oracle_draw', 'fairdd',
+           'draw_batch', 'draw_initial', 'weight_report', 'plot_weights', 'show_weighted']
 
 # %% ../nbs/05_kde.ipynb #790c4d22
 import math
@@ -64,6 +64,7 @@ class Weighting:
     score:Tensor=None   # (n,) high where a sample is rare in its class; for reports
     p:Tensor=None       # (n,) relative probability to be drawn within its class; None: all alike
     in_batch:object=None# function of indices (classes, B) to weights (classes, B), mean one; None: ones
+    about:dict=None     # what was chosen on the way, for the row
 
 def within_class(score:Tensor, y:Tensor, tau:float=1.)->Tensor:
     "Weights of mean one in each class, from a rarity score (minus log density)."
@@ -132,7 +133,15 @@ def oracle_draw(z=None, y=None, variance=None, tau=None, *, b:Tensor)->Weighting
     w = group_weights(y, b)
     return Weighting('oracle_draw', w, p=w)
 
-LABELLED = dict(oracle=oracle, oracle_draw=oracle_draw)
+def fairdd(z=None, y=None, variance=None, tau=None, *, b:Tensor)->Weighting:
+    "Every bias group that a batch holds weighs the same in it: the group matching of FairDD (NeurIPS 2025). USES BIAS LABELS: a ceiling, not a method."
+    group = torch.cat([y[:,None], b.view(len(y),-1)], 1).unique(dim=0, return_inverse=True)[1]
+    def in_batch(i):
+        w = 1/(group[i][:,:,None]==group[i][:,None]).sum(-1)
+        return w/w.mean(-1, keepdim=True)
+    return Weighting('fairdd', group_weights(y, b), in_batch=in_batch)
+
+LABELLED = dict(oracle=oracle, oracle_draw=oracle_draw, fairdd=fairdd)
 WEIGHTINGS |= LABELLED
 
 # %% ../nbs/05_kde.ipynb #1cceb83d

@@ -42,6 +42,7 @@ def train_encoder(
     dim:int=64,         # of the embedding
     compile:bool=True,  # compiled, in `fast_dtype`; False (short runs): eager, in float32
     progress=None,      # function called with the number of steps done
+    each=None,          # function called after each step with its number and the encoder as it is
     *, seed:int,        # of start and batches
 )->ConvNet:             # whose `forward` gives the embedding (n, dim), any norm
     "A SupCon encoder of the biased set, trained without bias labels and without augmentation."
@@ -55,6 +56,7 @@ def train_encoder(
         l = loss(net, channels_last(x[i]), y[i])
         opt.zero_grad(); l.backward(); opt.step()
         if progress: progress(t+1)
+        if each: each(t+1, net)
     if not l.isfinite(): raise FloatingPointError(f"the SupCon loss is {l.item()} after {steps} steps: lower lr ({lr}) or raise tau ({tau})")
     return net.eval()
 

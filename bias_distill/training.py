@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['chunks', 'batch_loss', 'train', 'step', 'check_positive', 'check_training_set', 'predict', 'group_table', 'by_group',
-           'patterns', 'plot_groups']
+           'patterns', 'Best', 'plot_groups']
 
 # %% ../nbs/02_training.ipynb #052a9671
 import itertools, torch, torch.nn.functional as F
@@ -117,6 +117,29 @@ def patterns(split:Split, kinds=None)->dict:
     kinds = kinds or [f'bias {k+1}' for k in range(split.b.shape[1])]
     name = lambda p: 'against '+' and '.join(k for k,o in zip(kinds,p) if o) if any(p) else 'aligned with both' if len(p)==2 else 'aligned with all'
     return {name(p): (split.against==torch.tensor(p, device=split.y.device)).all(1) for p in itertools.product((False,True), repeat=len(kinds))}
+
+# %% ../nbs/02_training.ipynb #7cd7167d
+class Best:
+    "Keeps the parameters of each member of a crowd at the step at which it was most accurate on images `x` (n, 3, h, w) with labels `y`; looks every `every` steps."
+    def __init__(self, x:Tensor, y:Tensor, every:int=1, compile:bool=True):
+        check_training_set(x, y); check_positive(every=every)
+        self.x, self.y, self.every, self.compile, self.states, self.at, self.accuracy = x, y, every, compile, {}, None, None
+    def __call__(self, t:int, net):
+        "Look, after step `t`."
+        if t%self.every: return
+        a = (predict(net, self.x, self.compile).cpu()==self.y.cpu()).double().mean(1)*100
+        if self.at is None: self.at, self.accuracy = torch.zeros(len(a), dtype=torch.long), torch.full_like(a, -1)
+        better = a > self.accuracy
+        self.at[better], self.accuracy = t, self.accuracy.maximum(a)
+        if better.any(): self.states[t] = {k: v.detach().clone() for k,v in net.state_dict().items()}
+        self.states = {k: s for k,s in self.states.items() if k in self.at}
+    def predict(self, net, x:Tensor)->Tensor:
+        "Predicted classes (members, n) of images `x`, each member as it was at its best; `net` is left as it is."
+        last, out = {k: v.detach().clone() for k,v in net.state_dict().items()}, None
+        for t,s in self.states.items():
+            net.load_state_dict(s); p = predict(net, x, self.compile).cpu(); out = p.clone() if out is None else out
+            out[self.at==t] = p[self.at==t]
+        net.load_state_dict(last); return out
 
 # %% ../nbs/02_training.ipynb #073c8352
 def plot_groups(
