@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'VARIANCES', 'PASSES', 'LOOKS', 'WEIGHTINGS', 'otsu', 'bimodality', 'sharpest', 'chosen', 'gap_weights',
-           'gap', 'gap_draw']
+           'gap', 'gap_draw', 'kde_in']
 
 # %% ../nbs/05d_choice.ipynb #cd5ce3b5
 import torch
@@ -12,11 +12,11 @@ from dataclasses import replace
 from torch import Tensor
 from .datasets import seeded
 from .supcon import encode, train_encoder
-from .kde import WEIGHTINGS, Weighting, class_density, class_index, within_class
+from .kde import WEIGHTINGS, Weighting, class_density, kde
 from .crowding import fixed
 from .views import LOOKS, VIEWS
 
-# %% ../nbs/05d_choice.ipynb #5aee4592
+# %% ../nbs/05d_choice.ipynb #4bf2cf3b
 def otsu(
     score:Tensor, # (n,) high for the rare
 )->tuple:         # threshold; share of the samples above it
@@ -25,8 +25,9 @@ def otsu(
     if n < 2 or o[0]==o[-1]: return o[-1].item(), 0.
     k, below = torch.arange(1, n, device=o.device), o.cumsum(0)
     between = k*(n-k)*(below[:-1]/k-(below[-1]-below[:-1])/(n-k))**2
-    j = int(between.argmax()); return ((o[j]+o[j+1])/2).item(), (n-1-j)/n
+    j = int(between.masked_fill(o[1:]==o[:-1], -1).argmax()); return ((o[j]+o[j+1])/2).item(), (n-1-j)/n
 
+# %% ../nbs/05d_choice.ipynb #7203ddf6
 def bimodality(score:Tensor)->float:
     "Sarle's coefficient of a sample, (skewness^2+1)/kurtosis: 1 for two values, 5/9 for an even spread, 1/3 for a Gaussian."
     o = score.double()-score.double().mean(); v = o.pow(2).mean()
@@ -50,7 +51,7 @@ def chosen(x:Tensor, y:Tensor, classes:int, tau:float=.5, width:int=32, compile:
     def look(t, net):
         if t in marks:
             z = encode(net, x, compile); best.append((sharpest(z, y, seed=seed)[1], t, z))
-            if len(best) > 1: best[:] = [max(best, key=lambda o: o[0])]
+            best[:] = [max(best, key=lambda o: o[0])]
         if progress: progress(t)
     train_encoder(x, y, marks[-1], tau, width=width, compile=compile, each=look, seed=seed)
     return dict(z=best[0][2], steps=torch.tensor(best[0][1]))
@@ -62,11 +63,12 @@ def gap_weights(z:Tensor, y:Tensor, variances=VARIANCES)->tuple: # (n,) weights 
     sure = min(1., max(0., (two-5/9)/(1-5/9)))**.5
     score = -class_density(z, y, variance); w, shares = torch.empty_like(score), []
     for c in y.unique():
-        i = y==c; cut, r = otsu(score[i]); rare = score[i] > cut; shares.append(r)
+        i = y==c; cut, r = otsu(score[i]); shares.append(r)
         total = r+max(0., (k-1)/k-r)*sure                   # of the class's weight, what the rare part has
-        w[i] = torch.where(rare, total/max(r, 1e-9), (1-total)/(1-r)) if 0 < r < 1 else torch.ones_like(score[i])
+        w[i] = torch.where(score[i] > cut, total/r, (1-total)/(1-r)) if 0 < r < 1 else torch.ones_like(score[i])
     return w, score, dict(variance=variance, bimodality=round(two, 4), sure=round(sure, 4), rare=round(sum(shares)/len(shares), 5))
 
+# %% ../nbs/05d_choice.ipynb #a3d8da01
 def gap(z:Tensor, y:Tensor, variance=None, tau=None)->Weighting:
     "Two kinds of images by the gap in the density, in the mean; everything chosen without bias labels."
     w, score, about = gap_weights(z, y)
@@ -80,3 +82,13 @@ def gap_draw(z:Tensor, y:Tensor, variance=None, tau=None)->Weighting:
 VIEWS['chosen'] = chosen
 LOOKS |= dict(gap='chosen', gap_draw='chosen')
 WEIGHTINGS |= dict(gap=gap, gap_draw=gap_draw)
+
+# %% ../nbs/05d_choice.ipynb #45a073e4
+def kde_in(name:str):
+    "The paper's weights (density inside the batch) in another view, at its own variance."
+    def f(z:Tensor, y:Tensor, variance=None, tau:float=1.)->Weighting:
+        v = sharpest(z, y)[0]
+        return replace(kde(z, y, v, tau), name=name, about=dict(variance=v))
+    return f
+
+WEIGHTINGS |= {k: kde_in(k) for k in ('kde_pixels','kde_random','kde_ce')}

@@ -14,7 +14,8 @@ from .networks import to_float, features, compiled, channels_last, bite
 from .training import check_positive, check_training_set, chunks, step
 from .kde import WEIGHTINGS
 from .dm import network_for
-from .views import LOOKS, VIEWS, kde_in
+from .views import LOOKS, VIEWS
+from .choice import kde_in
 
 # %% ../nbs/09_selecmix.ipynb #3aaceab7
 def gsc(

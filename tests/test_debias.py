@@ -1,0 +1,98 @@
+"Debiasers and views through the main job: what they train on, what they report, and that neither sees a bias label."
+import functools, subprocess, sys
+import pytest, torch
+from safetensors.torch import load_file
+from bias_distill import experiment
+from bias_distill.datasets import DATASETS, Split, load, seeded
+from bias_distill.experiment import DEBIASERS, Experiment, Run, held_out, load_tensors, uses
+from bias_distill.kde import LABELLED, WEIGHTINGS
+from bias_distill.views import LOOKS, VIEWS
+from test_run import ROOT, environment, finish, results
+
+@pytest.fixture(autouse=True)
+def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
+
+SMOKE = dict(profile='smoke', ipc=2)
+TIMES = ('seconds','memory_mb','peak_memory_mb','made')
+def told(rows): return [{k: v for k,v in r.items() if k not in TIMES} for r in rows]
+
+@pytest.mark.parametrize('name', ['selecmix','dfa'])
+def test_debiaser_after_distillation(name, tmp_path):
+    "The images are those of the plain run; only what is trained on them differs. Killed before the evaluation and resumed, the rows are the same."
+    plain = finish(Experiment(Run.of(**SMOKE), out_dir=str(tmp_path/'a')))
+    rows = finish(Experiment(Run.of(**SMOKE, debiaser=name), out_dir=str(tmp_path/'a')))
+    for a,b in zip(plain, rows):
+        assert a['key'] != b['key'] and b['debiaser'] == name and f'-p debiaser {name}' in b['command'] and 'debiaser' not in a['command']
+        assert torch.equal(*(load_file(tmp_path/'a'/f"{r['key']}.safetensors")['x'] for r in (a, b)))
+        best = b['best_on_validation']; assert {len(best[k]) for k in ('accuracy','aligned','conflicting','step','validation')} == {2} and all(1 <= t <= b['debias_steps'] for t in best['step'])
+        assert 'best_on_validation' not in a and a['debias_steps'] is None
+    e = Experiment(Run.of(**SMOKE, debiaser=name), out_dir=str(tmp_path/'b')); e.kde(e.supcon()); e.distill()     # killed here
+    assert told(finish(Experiment(Run.of(**SMOKE, debiaser=name), out_dir=str(tmp_path/'b')))) == told(rows)
+    more = finish(Experiment(Run.of(**SMOKE, debiaser=name, debias_steps=9), out_dir=str(tmp_path/'a')))
+    assert more[0]['key'] != rows[0]['key'] and more[0]['accuracy'] != rows[0]['accuracy']
+
+@pytest.mark.parametrize('network', [None,'mlp'])
+@pytest.mark.parametrize('debiaser', ['none','selecmix','dfa'])
+def test_the_training_set_itself(network, debiaser, tmp_path, monkeypatch):
+    "Without distillation: nothing held out is trained on, no images are stored, and asking again computes nothing."
+    seen = []
+    if debiaser != 'none':
+        f = DEBIASERS[debiaser]
+        monkeypatch.setitem(DEBIASERS, debiaser, lambda new, x, *a, **kw: seen.append(len(x)) or f(new, x, *a, **kw))
+    run = Run.of(profile='smoke', distiller='none', weighting='uniform', debiaser=debiaser, network=network)
+    e = Experiment(run, out_dir=str(tmp_path)); row, = finish(e)
+    assert row['ipc'] == 0 and row['n_train'] == len(e.train) and row['loss'] == [] and e.done(run)
+    assert [p.suffix for p in tmp_path.iterdir() if p.is_file()] == ['.json']
+    if seen: assert seen == [len(e.train)-row['best_on_validation']['images']] and row['best_on_validation']['images'] >= 100
+    monkeypatch.setattr(experiment, 'evaluate', None)
+    assert finish(Experiment(run, out_dir=str(tmp_path))) == [row]
+
+def test_held_out_is_a_part_of_every_class():
+    data = Split(torch.zeros(1030,3,8,8,dtype=torch.uint8), torch.cat([torch.zeros(1000), torch.ones(30)]).long())
+    i = held_out(data, 2, 0); assert len(i.unique()) == len(i) and data.y[i].bincount().tolist() == [100,3]
+    assert not torch.equal(i, held_out(data, 2, 1)) and torch.equal(i, held_out(data, 2, 0))
+
+def test_no_view_and_no_weighting_sees_a_bias_label(tmp_path):
+    "All that is not named an oracle gives the same on a set whose bias labels are gone to pieces."
+    run, found = Run.of(**SMOKE, weighting='gap_draw'), []
+    for shuffled in (False, True):
+        e = Experiment(run, out_dir=str(tmp_path/str(shuffled)), compare=','.join(k for k in WEIGHTINGS if k not in LABELLED))
+        if shuffled: e.train = Split(e.train.x, e.train.y, e.train.b[torch.randperm(len(e.train), generator=seeded(0))])
+        e.supcon(); found.append(e.kde())
+    i = torch.arange(40).view(10,4)
+    for k,a in found[0].items():
+        b = found[1][k]; assert (a.p is None) == (b.p is None) and (a.p is None or torch.equal(a.p, b.p))
+        if a.in_batch: assert torch.equal(a.in_batch(i), b.in_batch(i)), k
+
+def test_every_weighting_says_what_it_looks_at():
+    for k in WEIGHTINGS: assert (k in LOOKS) != (k in ('uniform', *LABELLED)); assert k not in LOOKS or LOOKS[k] in VIEWS
+    assert uses('uniform') == uses('fairdd') == () and uses('gap_draw') == ('encoder_tau','encoder_width') and uses('lff') == ('encoder_steps','encoder_width')
+
+def test_views_are_kept_and_shared(tmp_path, monkeypatch):
+    "A view is computed once for all weightings that look at it, also in a later run; what was chosen stands in the row."
+    first = finish(Experiment(Run.of(**SMOKE, weighting='gap'), out_dir=str(tmp_path)))
+    def never(view):
+        @functools.wraps(view)
+        def no(*args, **kw): raise AssertionError('computed again')
+        return no
+    for k in VIEWS: monkeypatch.setitem(VIEWS, k, never(VIEWS[k]))
+    row = finish(Experiment(Run.of(**SMOKE, weighting='gap_draw'), out_dir=str(tmp_path)))[-1]
+    assert row['chosen'] == first[-1]['chosen'] and row['chosen']['steps'] in (25,50,100,200,400,800) and row['init'] == 'weighted'
+    assert list(row['seconds']) == ['data','chosen','kde','distill','evaluate'] and len(list(tmp_path.glob('stages/chosen-*'))) == 1
+
+@pytest.mark.parametrize('bad,words', [
+    (dict(debiaser='selectmix'), ["unknown debiaser 'selectmix'", "did you mean 'selecmix'?", 'none, selecmix, dfa']),
+    (dict(debias_steps=0, debiaser='dfa'), ['debias_steps=0', 'at least 1']), (dict(debias_lr=-1., debiaser='dfa'), ['debias_lr=-1.0', 'above 0']),
+    (dict(debias_lr=.1), ['debias_lr=0.1', 'selecmix or dfa', "debiaser='none'"]), (dict(network='resnet'), ["unknown network 'resnet'", 'convnet, mlp']),
+    (dict(distiller='none'), ["weighting='kde'", "distiller='none'", 'uniform']), (dict(distiller='none', weighting='uniform', iterations=3), ['iterations=3', 'takes no steps']),
+    (dict(weighting='knnn'), ["did you mean 'knn'?"]), (dict(weighting='fairdd', dataset='folder'), ['folder has no bias labels'])])
+def test_refused(bad, words):
+    with pytest.raises(ValueError) as e: Run.of(**bad)
+    assert all(w in str(e.value) for w in words), str(e.value)
+
+def test_papermill(tmp_path):
+    given = dict(profile='smoke', ipc=2, weighting='gap_draw', debiaser='selecmix', compare='uniform,jtt', out_dir=tmp_path/'runs')
+    p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum((f'-p {k} {v}'.split() for k,v in given.items()), [])],
+                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=170)
+    assert p.returncode == 0, p.stderr[-3000:]
+    assert len(results(tmp_path/'runs')[0]) == 3 and 'gap in the draw (ours), then SelecMix' in (tmp_path/'out.ipynb').read_text()
