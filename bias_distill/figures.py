@@ -85,7 +85,7 @@ DEBIASER_NAMES = dict(none='', selecmix='SelecMix', dfa='DFA')
 def method(run)->str:
     "What to call the method of a row or a `Run`: 'DM + KDE', 'DM, then SelecMix'."
     get = run.get if isinstance(run, dict) else lambda k, other=None: getattr(run, k, other)
-    name = ' + '.join(o for o in (DISTILLER_NAMES[get('distiller')], WEIGHTING_NAMES[get('weighting')]) if o)
+    name = ' + '.join(o for o in (DISTILLER_NAMES[get('distiller')], WEIGHTING_NAMES.get(get('weighting'), get('weighting'))) if o)
     after = DEBIASER_NAMES[get('debiaser', 'none')]
     return name+(f', then {after}' if after else '')
 
