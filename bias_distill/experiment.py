@@ -147,11 +147,11 @@ BY_DISTILLER = dict( # distiller -> profile -> values
              laptop=dict(iterations=160, lr_img=3000., width=32, eval_width=128, experts=5, expert_epochs=16, epoch_steps=10, ahead=3, latest_start=8, student_steps=10, lr_net=.05, lr_lr=1e-4),
              paper=dict(iterations=5000, lr_img=1000., init='noise', experts=100, expert_epochs=50, epoch_steps=0, ahead=3, latest_start=25, student_steps=20, lr_net=.01, lr_lr=1e-5, eval_lr=None)))
 
-def debias_values(profile:str, distiller:str, debiaser:str, network:str)->dict:
-    "What a profile decides for a debiaser: steps, on the training set itself many more; Adam's learning rate, that of its authors for an MLP."
+def debias_values(profile:str, dataset:str, distiller:str, debiaser:str, network:str)->dict:
+    "What a profile decides for a debiaser: steps, on the training set itself many more; Adam's learning rate, that of DFA's authors for its MLP on coloured digits."
     whole = distiller=='none'
-    steps = dict(smoke=6, laptop=20_000 if network=='mlp' and whole else 1000 if whole else 300, paper=50_000 if whole else 5000)[profile]
-    return dict(debias_steps=steps, debias_lr=dict(selecmix=.005, dfa=.01)[debiaser] if network=='mlp' else .001, eval_batch=256)
+    steps = dict(smoke=6, laptop=3000 if network=='mlp' and whole else 1000 if whole else 150, paper=50_000 if whole else 5000)[profile]
+    return dict(debias_steps=steps, debias_lr=.01 if (debiaser, network, dataset)==('dfa','mlp','cmnist') else .001, eval_batch=256)
 
 def profile_values(profile:str, dataset:str, ipc:int, weighting:str, distiller:str='dm', debiaser:str='none', network:str=None)->dict:
     "What a profile decides for a dataset, a number of images per class, a weighting, a distiller, a debiaser and a network."
@@ -160,7 +160,7 @@ def profile_values(profile:str, dataset:str, ipc:int, weighting:str, distiller:s
     if profile=='laptop': v |= BY_DATASET.get(dataset, {})
     v |= own | data_settings(dataset) | (dict(rare=.05) if weighting=='kde_rare' else {}) | (dict(init='weighted') if draws else {})
     if network=='mlp': v |= dict(eval_width=100) | (dict(eval_epochs=30) if distiller=='none' and profile!='smoke' else {})
-    if debiaser!='none': v |= debias_values(profile, distiller, debiaser, network)
+    if debiaser!='none': v |= debias_values(profile, dataset, distiller, debiaser, network)
     if v['augment'] is None: v['augment'] = default_strategy(dataset, distiller)
     return {k: o(ipc) if callable(o) else o for k,o in v.items()}
 
@@ -464,9 +464,12 @@ def _supcon(self)->torch.Tensor:
 # %% ../nbs/11_experiment.ipynb #fdc146f2
 def _weights(self, z=None)->dict:
     "The weighting of each run, by name; and how well it finds the conflicting images, in `self.reports`. (`z`, what `supcon` gave, is not needed.)"
-    with watch(self.seconds, self.memory, 'kde'):
-        more = lambda r: dict(b=self.train.b) if r.weighting in LABELLED else dict(rare=r.rare) if r.rare else {}   # nobody else sees b
-        self.weightings = {r.weighting: WEIGHTINGS[r.weighting](self.views[r.weighting], self.train.y, r.variance, r.tau, **more(r)) for r in self.runs}
+    more = lambda r: dict(b=self.train.b) if r.weighting in LABELLED else dict(rare=r.rare) if r.rare else {}   # nobody else sees b
+    self.weightings, self.weight_costs = {}, {}
+    for r in self.runs:
+        seconds, memory = {}, {}
+        with watch(seconds, memory, 'kde'): self.weightings[r.weighting] = WEIGHTINGS[r.weighting](self.views[r.weighting], self.train.y, r.variance, r.tau, **more(r))
+        self.weight_costs[r] = seconds['kde'], memory['kde']
     self.reports = {n: weight_report(w, self.train, self.classes, self.run.batch_real, generator=seeded(self.run.seed,'report')) for n,w in self.weightings.items()}
     for n,w in self.weightings.items():
         if w.about: self.reports[n]['chosen'] = self.chosen[n] | w.about
@@ -610,7 +613,7 @@ def _evaluate1(self, run):
     if run.distiller=='none': x, y = self.train.x, self.train.y
     with watch(seconds, memory, 'evaluate'), bar(run.eval_epochs if run.debiaser=='none' else run.debias_steps, 'evaluate') as b:
         result = evaluate(x, y, run, self.train, self.test, self.classes, progress=lambda t: b.update(), kinds=self.data.kinds, lr=learned.get('learned_lr'), **self.steps)
-    before = {k: (self.seconds[k], self.memory[k]) for k in ['data']+self.view(run)+['kde']*(run.weighting in LOOKS)} | (dict(experts=d['experts']) if d['experts'] else {})
+    before = {k: (self.seconds[k], self.memory[k]) for k in ['data']+self.view(run)} | (dict(kde=self.weight_costs[run]) if run.weighting in LOOKS else {}) | (dict(experts=d['experts']) if d['experts'] else {})
     costs = before | dict(distill=(d['seconds'], d['memory']), evaluate=(seconds['evaluate'], memory['evaluate']))
     seconds, memory = ({k: v[o] for k,v in costs.items()} for o in (0,1))
     row = dict(key=self.key(run)) | asdict(run) | result | self.reports[run.weighting] | learned | dict(
