@@ -265,9 +265,9 @@ def stage_key(run:Run, stage:str, data:str, how:str='')->str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 def run_key(run:Run, data:str)->str:
-    "Readable and unique: dataset, conflict, ipc, distiller, weighting, seed and a hash of everything."
-    pct = '' if run.conflict is None else f'-{run.conflict*100:g}pct'
-    return f"{run.dataset}{pct}-ipc{run.ipc}-{run.distiller}-{run.weighting}-seed{run.seed}-{stage_key(run,'row',data)}"
+    "Readable and unique: dataset, conflict, ipc, distiller, weighting, debiaser, seed and a hash of everything."
+    pct, after = '' if run.conflict is None else f'-{run.conflict*100:g}pct', '' if run.debiaser=='none' else f'-{run.debiaser}'
+    return f"{run.dataset}{pct}-ipc{run.ipc}-{run.distiller}-{run.weighting}{after}-seed{run.seed}-{stage_key(run,'row',data)}"
 
 # %% ../nbs/11_experiment.ipynb #c864fbc5
 def write_atomic(path, data:bytes):
@@ -593,8 +593,8 @@ def held_out(data:Split, classes:int, seed:int, n:int=2000)->torch.Tensor:
 
 def debiased(x, y, run:Run, data:Split, test:Split, classes:int, aug, groups, compile:bool=True, progress=None)->dict:
     "As `evaluate`, with the run's debiaser; also the same for each network at its best moment on held out training images."
-    i, whole = held_out(data, classes, run.seed), len(x)==len(data)
-    if whole: keep = torch.ones(len(x), dtype=torch.bool, device=x.device); keep[i] = False; x, y = x[keep], y[keep]
+    i = held_out(data, classes, run.seed)
+    if run.distiller=='none': keep = torch.ones(len(x), dtype=torch.bool, device=x.device); keep[i] = False; x, y = x[keep], y[keep]
     best = Best(data.x[i], data.y[i], max(1, run.debias_steps//20), compile)
     new = lambda k: network_for(data.x, run.eval_width or run.width, k, run.eval_networks, run.network)
     def each(t, net):
