@@ -150,7 +150,7 @@ BY_DISTILLER = dict( # distiller -> profile -> values
 def debias_values(profile:str, dataset:str, distiller:str, debiaser:str, network:str)->dict:
     "What a profile decides for a debiaser: steps, on the training set itself many more; Adam's learning rate, that of DFA's authors for its MLP on coloured digits."
     whole = distiller=='none'
-    steps = dict(smoke=6, laptop=3000 if network=='mlp' and whole else 1000 if whole else 150, paper=50_000 if whole else 5000)[profile]
+    steps = dict(smoke=6, laptop=3000 if network=='mlp' and whole else 1000 if whole else 300, paper=50_000 if whole else 5000)[profile]
     return dict(debias_steps=steps, debias_lr=.01 if (debiaser, network, dataset)==('dfa','mlp','cmnist') else .001, eval_batch=256)
 
 def profile_values(profile:str, dataset:str, ipc:int, weighting:str, distiller:str='dm', debiaser:str='none', network:str=None)->dict:
