@@ -26,7 +26,7 @@ from .training import Best, train, predict, by_group
 from .augment import augment, default_strategy, draw, parse
 from .kde import LABELLED, WEIGHTINGS, class_index, draw_batch, weight_report
 from .views import LOOKS, VIEWS
-from .choice import chosen
+from .choice import FINDS_VARIANCE
 from .selecmix import selecmix
 from .dfa import dfa
 from .dm import dm, network_for, start
@@ -159,6 +159,7 @@ def profile_values(profile:str, dataset:str, ipc:int, weighting:str, distiller:s
     v = dict(augment=None, conflict=_defaults(dataset)['conflict'], init='weighted' if draws else 'real') | ALWAYS | PROFILES[profile]
     if profile=='laptop': v |= BY_DATASET.get(dataset, {})
     v |= own | data_settings(dataset) | (dict(rare=.05) if weighting=='kde_rare' else {}) | (dict(init='weighted') if draws else {})
+    if weighting in FINDS_VARIANCE: v['variance'] = None
     if network=='mlp': v |= dict(eval_width=100) | (dict(eval_epochs=30) if distiller=='none' and profile!='smoke' else {})
     if debiaser!='none': v |= debias_values(profile, dataset, distiller, debiaser, network)
     if v['augment'] is None: v['augment'] = default_strategy(dataset, distiller)
@@ -251,7 +252,7 @@ STAGE_FIELDS = dict(**{o: ('dataset','conflict','seed','split')+ENCODER for o in
 def uses(weighting:str)->tuple:
     "Which of the encoder's and the density's settings shape a weighting: its view's, and its own."
     view = {dict(steps='encoder_steps', tau='encoder_tau', width='encoder_width').get(k) for k in inspect.signature(VIEWS[LOOKS[weighting]]).parameters} if weighting in LOOKS else ()
-    own = [k for k,o in inspect.signature(WEIGHTINGS[weighting]).parameters.items() if k in ('variance','tau') and o.default is not None]
+    own = [k for k,o in inspect.signature(WEIGHTINGS[weighting]).parameters.items() if k in ('variance','tau') and o.default is not None]+['variance']*(weighting in FINDS_VARIANCE)
     return tuple(k for k in ENCODER+('variance','tau') if k in view or k in own)
 
 def ignored(weighting:str)->tuple:
@@ -360,9 +361,9 @@ def compared(compare)->list:
     return list(dict.fromkeys(names))
 
 def twin(run:Run, weighting:str)->Run:
-    "The same run with another weighting. Where it starts from, unless that was chosen, is what goes with the weighting."
-    chosen = run.init != profile_values(run.profile, run.dataset, run.ipc, run.weighting, run.distiller, run.debiaser, run.network)['init']
-    return Run.of(**{k: v for k,v in asdict(run).items() if k!='rare' and (chosen or k!='init')} | dict(weighting=weighting))
+    "The same run with another weighting. Where it starts from and the variance, unless they were chosen, are what goes with the weighting."
+    auto = profile_values(run.profile, run.dataset, run.ipc, run.weighting, run.distiller, run.debiaser, run.network)
+    return Run.of(**{k: v for k,v in asdict(run).items() if k!='rare' and not (k in ('init','variance') and v==auto[k])} | dict(weighting=weighting))
 
 # %% ../nbs/11_experiment.ipynb #f4a14505
 class Experiment:
