@@ -10,11 +10,10 @@ __all__ = ['VIEWS', 'LOOKS', 'WEIGHTINGS', 'gce', 'cross_entropy', 'ema', 'relat
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .datasets import seeded
-from .networks import to_float, features, compiled, bite, channels_last
+from .networks import to_float, features, compiled, bite, channels_last, network_for
 from .training import check_positive, check_training_set, chunks
 from .kde import WEIGHTINGS
 from .crowding import fixed
-from .dm import network_for
 from .views import LOOKS, VIEWS
 from .selecmix import backward, most
 

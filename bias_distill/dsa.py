@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 from torch.utils._pytree import tree_map
 from .datasets import Split, seeded
-from .networks import ConvNet, to_float, compiled, channels_last, bite
+from .networks import ConvNet, to_float, compiled, channels_last, bite, channel_stats, network_for
 from .training import batch_loss, check_positive, chunks, step
 from .augment import augment, draw, parse
 from .kde import Weighting, class_index, draw_batch, uniform
-from .dm import channel_stats, check_finite, commit, moved, network_for, start
+from .dm import check_finite, commit, moved, start
 
 # %% ../nbs/07_dsa.ipynb #0d4d86e7
 def rows(g:Tensor)->Tensor:

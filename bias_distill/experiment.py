@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from .datasets import DATASETS, ELSEWHERE, SECOND, Split, load, lookup, unknown, seeded, show_grid, check_share
-from .networks import NETWORKS, ConvNet, can_compile, fast_dtype
+from .networks import NETWORKS, ConvNet, can_compile, fast_dtype, network_for
 from .training import Best, train, predict, by_group
 from .augment import augment, default_strategy, draw, parse
 from .kde import LABELLED, WEIGHTINGS, class_index, draw_batch, weight_report
@@ -29,7 +29,7 @@ from .views import LOOKS, VIEWS
 from .choice import FINDS_VARIANCE
 from .selecmix import selecmix
 from .dfa import dfa
-from .dm import dm, network_for, start
+from .dm import dm, start
 from .dsa import dc, dsa, loops
 from .mtt import SGD_BATCH, mtt, train_experts
 for o in ELSEWHERE: importlib.import_module(f'bias_distill.{o}') # they add their sets to DATASETS

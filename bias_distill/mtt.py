@@ -11,11 +11,11 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, grad_and_value
 from .datasets import Split, seeded
-from .networks import ConvNet, to_float, compiled, channels_last
+from .networks import ConvNet, to_float, compiled, channels_last, network_for
 from .training import batch_loss, check_positive, step
 from .augment import augment, draw, parse
 from .kde import Weighting, class_index, draw_batch, uniform
-from .dm import check_finite, commit, moved, network_for, start
+from .dm import check_finite, commit, moved, start
 from .dsa import logits
 
 # %% ../nbs/08_mtt.ipynb #dc5a959c

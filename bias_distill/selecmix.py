@@ -10,10 +10,9 @@ __all__ = ['gsc', 'partners', 'mixed', 'most', 'backward', 'Contrast', 'big_batc
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .datasets import seeded
-from .networks import to_float, features, compiled, channels_last, bite
+from .networks import to_float, features, compiled, channels_last, bite, network_for
 from .training import check_positive, check_training_set, chunks, step
 from .kde import WEIGHTINGS
-from .dm import network_for
 from .views import LOOKS, VIEWS
 from .choice import kde_in
 

@@ -10,7 +10,7 @@ __all__ = ['VIEWS', 'LOOKS', 'sphere', 'supcon', 'pixels', 'random_features', 't
 import torch, torch.nn.functional as F
 from torch import Tensor
 from .datasets import seeded
-from .networks import ConvNet, channels_last, compiled, features, to_float
+from .networks import ConvNet, channels_last, compiled, features, network_for, to_float
 from .training import check_positive, check_training_set
 from .supcon import train_encoder, encode
 from .kde import WEIGHTINGS, Weighting
@@ -23,7 +23,6 @@ def sphere(f:Tensor)->Tensor:
 
 def _fresh(x, width, classes, seed, name)->ConvNet:
     "A ConvNet for images like `x`."
-    from bias_distill.dm import network_for
     return network_for(x, width, classes).reset(seeded(seed, name))
 
 def supcon(x:Tensor, y:Tensor, classes:int, steps:int=150, tau:float=.5, width:int=32, compile:bool=True, progress=None, *, seed:int)->Tensor:
