@@ -66,6 +66,7 @@ class Weighting:
     in_batch:object=None# function of indices (classes, B) to weights (classes, B), mean one; None: ones
     about:dict=None     # what was chosen on the way, for the row
 
+# %% ../nbs/05_kde.ipynb #e600e2f1
 def within_class(score:Tensor, y:Tensor, tau:float=1.)->Tensor:
     "Weights of mean one in each class, from a rarity score (minus log density)."
     w = torch.empty_like(score)

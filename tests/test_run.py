@@ -89,7 +89,10 @@ def test_the_same_command_again_touches_nothing(run):
 
 def test_the_same_again_computes_nothing(run, monkeypatch):
     before = state(run)
-    for name in ('train_encoder','encode','train','save_tensors'): monkeypatch.setattr(experiment, name, None)
+    for name in ('train','save_tensors'): monkeypatch.setattr(experiment, name, None)
+    @functools.wraps(experiment.VIEWS['supcon'])
+    def blind(*args, **kw): raise AssertionError('looked again')
+    monkeypatch.setitem(experiment.VIEWS, 'supcon', blind)
     @functools.wraps(experiment.DISTILLERS['dm'])
     def no(*args, **kw): raise AssertionError('distilled again')
     monkeypatch.setitem(experiment.DISTILLERS, 'dm', no)
