@@ -148,10 +148,10 @@ BY_DISTILLER = dict( # distiller -> profile -> values
              paper=dict(iterations=5000, lr_img=1000., init='noise', experts=100, expert_epochs=50, epoch_steps=0, ahead=3, latest_start=25, student_steps=20, lr_net=.01, lr_lr=1e-5, eval_lr=None)))
 
 def debias_values(profile:str, dataset:str, distiller:str, debiaser:str, network:str)->dict:
-    "What a profile decides for a debiaser: steps, on the training set itself many more; Adam's learning rate, that of DFA's authors for its MLP on coloured digits."
+    "What a profile decides for a debiaser: steps, on the training set itself many more; Adam's learning rate, its authors' for an MLP on coloured digits and for Corrupted CIFAR-10."
     whole = distiller=='none'
     steps = dict(smoke=6, laptop=3000 if network=='mlp' and whole else 1000 if whole else 300, paper=50_000 if whole else 5000)[profile]
-    return dict(debias_steps=steps, debias_lr=.01 if (debiaser, network, dataset)==('dfa','mlp','cmnist') else .001, eval_batch=256)
+    return dict(debias_steps=steps, debias_lr=dict(dfa=.01, selecmix=.005)[debiaser] if (network, dataset)==('mlp','cmnist') else .001, eval_batch=256)
 
 def profile_values(profile:str, dataset:str, ipc:int, weighting:str, distiller:str='dm', debiaser:str='none', network:str=None)->dict:
     "What a profile decides for a dataset, a number of images per class, a weighting, a distiller, a debiaser and a network."
@@ -478,7 +478,7 @@ def _weights(self, z=None)->dict:
 
 Experiment._stored, Experiment.supcon, Experiment.kde = _stored, _supcon, _weights
 Experiment._view = _view
-Experiment.needs_encoder = property(lambda self: any(o.weighting in LOOKS and 'encoder_steps' in uses(o.weighting) for o in self.runs))
+Experiment.looks = property(lambda self: list(dict.fromkeys(LOOKS[o.weighting] for o in self.runs if o.weighting in LOOKS)))
 
 # %% ../nbs/11_experiment.ipynb #23e43414
 def _state(self, run)->dict:

@@ -90,12 +90,15 @@ def test_refused(bad, words):
     with pytest.raises(ValueError) as e: Run.of(**bad)
     assert all(w in str(e.value) for w in words), str(e.value)
 
-def test_papermill(tmp_path):
-    given = dict(profile='smoke', ipc=2, weighting='gap_draw', debiaser='selecmix', compare='uniform,jtt', out_dir=tmp_path/'runs')
+@pytest.mark.parametrize('given,n,word', [
+    (dict(ipc=2, weighting='gap_draw', debiaser='selecmix', compare='uniform,jtt'), 3, 'gap in the draw (ours), then SelecMix'),
+    (dict(distiller='none', weighting='uniform', network='mlp', debiaser='dfa'), 1, 'the training set, then DFA')])
+def test_papermill(given, n, word, tmp_path):
+    given = dict(profile='smoke', out_dir=tmp_path/'runs') | given
     p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum((f'-p {k} {v}'.split() for k,v in given.items()), [])],
                        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=170)
     assert p.returncode == 0, p.stderr[-3000:]
-    assert len(results(tmp_path/'runs')[0]) == 3 and 'gap in the draw (ours), then SelecMix' in (tmp_path/'out.ipynb').read_text()
+    assert len(results(tmp_path/'runs')[0]) == n and word in (tmp_path/'out.ipynb').read_text()
 
 @pytest.mark.parametrize('name', ['table_weightings','table_debias_after'])
 def test_tables_are_made_from_rows_alone(name, tmp_path):
