@@ -12,8 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 from .datasets import seeded
 from .supcon import encode, train_encoder
-from .kde import WEIGHTINGS, Weighting, class_density, kde
-from .crowding import fixed
+from .kde import WEIGHTINGS, Weighting, class_density, fixed, kde
 from .views import LOOKS, VIEWS
 
 # %% ../nbs/05d_choice.ipynb #4bf2cf3b

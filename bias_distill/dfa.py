@@ -12,8 +12,7 @@ from torch import nn, Tensor
 from .datasets import seeded
 from .networks import to_float, features, compiled, bite, channels_last, network_for
 from .training import check_positive, check_training_set, chunks
-from .kde import WEIGHTINGS
-from .crowding import fixed
+from .kde import WEIGHTINGS, fixed
 from .views import LOOKS, VIEWS
 from .selecmix import backward, most
 

@@ -25,6 +25,7 @@ from .networks import NETWORKS, ConvNet, can_compile, fast_dtype, network_for
 from .training import Best, train, predict, by_group
 from .augment import augment, default_strategy, draw, parse
 from .kde import LABELLED, WEIGHTINGS, class_index, draw_batch, weight_report
+from .crowding import clusters, knn   # adds them to WEIGHTINGS, as the next do theirs
 from .views import LOOKS, VIEWS
 from .choice import FINDS_VARIANCE
 from .selecmix import selecmix

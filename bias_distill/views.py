@@ -13,8 +13,7 @@ from .datasets import seeded
 from .networks import ConvNet, channels_last, compiled, features, network_for, to_float
 from .training import check_positive, check_training_set
 from .supcon import train_encoder, encode
-from .kde import WEIGHTINGS, Weighting
-from .crowding import fixed
+from .kde import WEIGHTINGS, Weighting, fixed
 
 # %% ../nbs/05c_views.ipynb #faf5f0de
 def sphere(f:Tensor)->Tensor:
