@@ -9,8 +9,8 @@ __all__ = ['supcon', 'train_encoder', 'encode', 'plot_embedding']
 import torch, torch.nn.functional as F
 from torch import Tensor
 from .datasets import seeded
-from .networks import ConvNet, features, compiled, channels_last
-from .training import check_positive, check_training_set
+from .networks import ConvNet, features, compiled
+from .training import check_positive, check_training_set, fit
 
 # %% ../nbs/04_supcon.ipynb #343cb5af
 def supcon(
@@ -49,15 +49,10 @@ def train_encoder(
     check_training_set(x, y)
     check_positive(steps=steps, tau=tau, lr=lr, batch=batch, width=width, dim=dim)
     net = ConvNet(dim, x.shape[-1], width).reset(seeded(seed, 'encoder')).to(x.device, memory_format=torch.channels_last)
-    opt = torch.optim.Adam(net.parameters(), lr=lr)
-    loss = compiled(lambda net, x, y: supcon(net(x), y, tau), compile)
-    for t in range(steps):
-        i = torch.randperm(len(x), generator=seeded(seed, 'encoder', t))[:batch].to(x.device)
-        l = loss(net, channels_last(x[i]), y[i])
-        opt.zero_grad(); l.backward(); opt.step()
-        if progress: progress(t+1)
-        if each: each(t+1, net)
-    if not l.isfinite(): raise FloatingPointError(f"the SupCon loss is {l.item()} after {steps} steps: lower lr ({lr}) or raise tau ({tau})")
+    def after(t, net):
+        if progress: progress(t)
+        if each: each(t, net)
+    fit(net, x, y, lambda net, x, y: supcon(net(x), y, tau), steps, lr, batch, compile, after, seed=seed, name='encoder')
     return net.eval()
 
 # %% ../nbs/04_supcon.ipynb #636a649b

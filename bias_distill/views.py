@@ -10,8 +10,8 @@ __all__ = ['VIEWS', 'LOOKS', 'sphere', 'supcon', 'pixels', 'random_features', 't
 import torch, torch.nn.functional as F
 from torch import Tensor
 from .datasets import seeded
-from .networks import ConvNet, channels_last, compiled, features, network_for, to_float
-from .training import check_positive, check_training_set
+from .networks import ConvNet, compiled, features, network_for, to_float
+from .training import check_positive, check_training_set, fit
 from .supcon import train_encoder, encode
 from .kde import WEIGHTINGS, Weighting, fixed
 
@@ -51,13 +51,7 @@ def train_classifier(
     "A classifier of the biased set, trained as the SupCon encoder is, with cross-entropy in place of its loss."
     check_training_set(x, y, classes=classes); check_positive(steps=steps, lr=lr, batch=batch)
     net = _fresh(x, width, classes, seed, 'classifier view')
-    opt, loss = torch.optim.Adam(net.parameters(), lr=lr), compiled(lambda net, x, y: F.cross_entropy(net(x).float(), y), compile)
-    for t in range(steps):
-        i = torch.randperm(len(x), generator=seeded(seed, 'classifier view', t))[:batch].to(x.device)
-        l = loss(net, channels_last(x[i]), y[i])
-        opt.zero_grad(); l.backward(); opt.step()
-        if progress: progress(t+1)
-    if not l.isfinite(): raise FloatingPointError(f"the loss of the classifier is {l.item()} after {steps} steps: lower lr ({lr})")
+    fit(net, x, y, lambda net, x, y: F.cross_entropy(net(x).float(), y), steps, lr, batch, compile, lambda t, net: progress and progress(t), seed=seed, name='classifier view')
     return net.eval()
 
 # %% ../nbs/05c_views.ipynb #ade582c2
