@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from .datasets import DATASETS, ELSEWHERE, SECOND, Split, load, lookup, unknown, seeded, show_grid, check_share
+from .other_networks import Many   # adds LeNet and ResNet-18 to NETWORKS
 from .networks import NETWORKS, ConvNet, can_compile, fast_dtype, network_for
 from .training import Best, train, predict, by_group
 from .augment import augment, default_strategy, draw, parse
@@ -95,7 +96,7 @@ class Method(Settings):
     latest_start:int=None        # last snapshot to start from (mtt)
     student_steps:int=None       # SGD steps on the synthetic images (mtt)
     lr_lr:float=None             # learning rate of the student's learning rate (mtt)
-    network:str=None             # what is evaluated: 'convnet' (None) or 'mlp'
+    network:str=None             # what is evaluated: 'convnet' (None), 'mlp', 'lenet' or 'resnet18'
     debias_steps:int=None        # steps of a debiaser (selecmix, dfa), in place of eval_epochs
     debias_lr:float=None         # its learning rate, in place of eval_lr
 
@@ -224,6 +225,9 @@ def disagreements(run:Run, given:Run)->list:
     if run.distiller=='none' and run.weighting!='uniform': bad.append(f"weighting={run.weighting!r}: distiller='none' trains on the images as they are; expected uniform")
     for k in DEBIAS_FIELDS:
         if getattr(given, k) is not None and run.debiaser=='none': bad.append(f"{k}={getattr(given, k)!r}: only a debiaser takes it, {' or '.join(list(DEBIASERS)[1:])}; got debiaser='none'")
+    if run.network in ('lenet','resnet18'):
+        if run.debiaser!='none': bad.append(f"network={run.network!r}: {run.debiaser} needs an embedding to work on; expected 'convnet' or 'mlp'")
+        if given.eval_width is not None: bad.append(f"eval_width={given.eval_width}: network={run.network!r} has a width of its own; leave it out")
     if run.distiller=='random' and not (run.weighting=='uniform' or run.weighting.endswith('_draw')):
         bad.append(f"weighting={run.weighting!r}: distiller='random' has no mean to weight; expected uniform, or one that draws")
     return bad
@@ -583,7 +587,7 @@ def evaluate(x, y, run:Run, data:Split, test:Split, classes:int, compile:bool=Tr
     aug = (lambda o, g: augment(o, draw(run.augment, len(o), generator=g, siamese=False))) if parse(run.augment) else None
     groups = lambda pred: by_group(pred.cpu(), Split(test.x.cpu(), test.y.cpu(), None if test.b is None else test.b.cpu()), kinds)
     if run.debiaser!='none': return debiased(x, y, run, data, test, classes, aug, groups, compile, progress)
-    net = evaluation_networks(run, data, classes)
+    net = evaluation_networks(run, data, classes); compile = compile and not isinstance(net, Many)
     train(net, x, y, None, run.eval_epochs, run.eval_lr or lr, run.eval_batch, aug, compile, progress, generator=seeded(run.seed,'evaluate'))
     return groups(predict(net, test.x, compile))
 

@@ -33,7 +33,7 @@ class ConvNet(nn.Module):
     ):
         super().__init__()
         if size < 2**depth: raise ValueError(f"size={size}: {depth} poolings need at least {2**depth} pixels")
-        self.members, wide = members, width*members
+        self.classes, self.members, wide = classes, members, width*members
         self.convs = nn.ModuleList(nn.Conv2d(wide if i else 3, wide, 3, padding=1, groups=members if i else 1) for i in range(depth))
         self.norms = nn.ModuleList(nn.GroupNorm(wide, wide) for _ in range(depth))
         for k,v in dict(mean=mean, std=std).items(): self.register_buffer(k, torch.as_tensor(v, dtype=torch.float).view(1,3,1,1))
@@ -87,7 +87,7 @@ class MLP(nn.Module):
     "Three hidden layers of 100, 100 and 16 (Nam et al. 2020; Lee et al. 2021), `members` times side by side."
     def __init__(self, classes:int=10, size:int=28, width:int=100, members:int=1, mean=(.5,.5,.5), std=(.5,.5,.5)):
         super().__init__()
-        self.members, self.features = members, 16
+        self.classes, self.members, self.features = classes, members, 16
         for k,v in dict(mean=mean, std=std).items(): self.register_buffer(k, torch.as_tensor(v, dtype=torch.float).view(1,3,1,1))
         sizes = [3*size*size, width, width, self.features]
         self.hidden = nn.ParameterList(p for a,b in zip(sizes, sizes[1:]) for p in (torch.empty(members,a,b), torch.empty(members,1,b)))

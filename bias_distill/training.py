@@ -40,11 +40,11 @@ def train(
     *, generator,           # of the order of the images (and of the augmentation)
 )->ConvNet:
     "Train by SGD with momentum .9 and weight decay 5e-4, as in Zhao and Bilen's evaluation."
-    check_training_set(x, y, w, net.weight.shape[-1])
+    check_training_set(x, y, w, net.classes)
     check_positive(epochs=epochs, lr=lr, batch=batch)
     w = torch.ones(len(x), device=x.device) if w is None else w.to(x.device).float()
     opt = torch.optim.SGD(net.train().parameters(), lr=lr, momentum=.9, weight_decay=5e-4, foreach=True)
-    loss, most = compiled(batch_loss, compile), 2048 if x.is_cuda else max(64//net.members, 8)
+    loss, most = compiled(batch_loss, compile), getattr(net, 'most', 2048 if x.is_cuda else max(64//net.members, 8))
     for epoch in range(epochs):
         if epoch==epochs//2: opt = torch.optim.SGD(net.parameters(), lr=lr/10, momentum=.9, weight_decay=5e-4, foreach=True)
         for i in chunks(torch.randperm(len(x), generator=generator).to(x.device), batch):
