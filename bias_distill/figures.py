@@ -17,12 +17,12 @@ from .experiment import DEBIASERS, Run, ignored, read_row
 # %% ../nbs/12_figures.ipynb #4bcf41cb
 PAPER, FAIRDD = 'Cui et al. 2024, abstract', 'FairDD (NeurIPS 2025), App. E, Table 9'
 LC = 'LC (ICLR 2023), Table 1, DFA and LfF quoted there from the DFA paper'
-def _p(accuracy, weighting, source, dataset='cmnist', conflict=.05, ipc=50, debiaser='none', note='', distiller='dm'):
-    return dict(dataset=dataset, conflict=conflict, ipc=ipc, distiller=distiller, weighting=weighting, debiaser=debiaser, accuracy=accuracy, source=source, note=note)
+def _p(accuracy, weighting, source, dataset='cmnist', conflict=.05, ipc=50, debiaser='none', note='', distiller='dm', network=None):
+    return dict(network=network, dataset=dataset, conflict=conflict, ipc=ipc, distiller=distiller, weighting=weighting, debiaser=debiaser, accuracy=accuracy, source=source, note=note)
 
 def _whole(dataset, debiaser, *accuracies):
-    "Training on the whole set, .5, 1, 2, 5 % conflicting."
-    return [_p(a, 'uniform', LC, dataset, c, 0, debiaser, distiller='none') for c,a in zip((.005,.01,.02,.05), accuracies)]
+    "Training on the whole set, .5, 1, 2, 5 % conflicting: an MLP on digits, a ResNet-18 on the corruptions."
+    return [_p(a, 'uniform', LC, dataset, c, 0, debiaser, distiller='none', network=dict(cmnist='mlp', corrupted_cifar10='resnet18')[dataset]) for c,a in zip((.005,.01,.02,.05), accuracies)]
 
 PUBLISHED = [
     _p(23.8, 'uniform', PAPER),
@@ -39,7 +39,8 @@ PUBLISHED = [
 def published(row:dict)->dict|None:
     "The published result for a row's setting, or None."
     keys = ('dataset','conflict','ipc','distiller','weighting','debiaser')
-    return next((p for p in PUBLISHED if all(p[k]==row[k] for k in keys)), None)
+    if row.get('network')=='convnet': row = row | dict(network=None)
+    return next((p for p in PUBLISHED if all(p[k]==row[k] for k in keys) and p['network']==row.get('network')), None)
 
 # %% ../nbs/12_figures.ipynb #e4812f4b
 def cell(
