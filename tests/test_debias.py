@@ -1,6 +1,6 @@
 "Debiasers and views through the main job: what they train on, what they report, and that neither sees a bias label."
 import functools, subprocess, sys
-import nbformat, pytest, torch
+import pytest, torch
 from safetensors.torch import load_file
 from bias_distill import experiment
 from bias_distill.datasets import DATASETS, Split, load, seeded
@@ -99,13 +99,3 @@ def test_papermill(given, n, word, tmp_path):
                        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=170)
     assert p.returncode == 0, p.stderr[-3000:]
     assert len(results(tmp_path/'runs')[0]) == n and word in (tmp_path/'out.ipynb').read_text()
-
-@pytest.mark.parametrize('name', ['table_weightings','table_debias_after'])
-def test_tables_are_made_from_rows_alone(name, tmp_path):
-    "From the committed rows; and from none, where every cell is a dash."
-    for k,args in (('rows', []), ('none', ['-p','rows',str(tmp_path)])):
-        out = tmp_path/f'{k}.ipynb'
-        p = subprocess.run([sys.executable,'-m','papermill',f'paper_figures/{name}.ipynb',str(out),'--no-progress-bar',*args], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=170)
-        assert p.returncode == 0, p.stderr[-3000:]
-        text = ''.join(''.join(o['data']['text/markdown']) for c in nbformat.read(out, 4).cells for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {}))
-        assert ('seeds)' in text) == (k=='rows') and (k=='rows' or '–' in text)

@@ -1,0 +1,74 @@
+"The workflow in paper_figures/: pages from rows alone; a row once, and again only where it is gone; a kill changes nothing."
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+from bias_distill.sweep import NEEDS, cell_name, cells, run_of
+from test_run import ROOT, environment
+
+TIMES = ('seconds','memory_mb','peak_memory_mb','made','commit')
+
+def papermill(notebook, out, *args, cwd):
+    return subprocess.run([sys.executable,'-m','papermill',str(notebook),str(out),'--no-progress-bar',*args], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=170)
+
+@pytest.mark.parametrize('name', ['table_weightings','table_debias_after','table_claims','table_cmnist'])
+def test_pages_are_made_from_rows_alone(name, tmp_path):
+    "From the committed rows, the committed page; and from none, where every cell is a dash and its command is given."
+    shutil.copytree(ROOT/'paper_figures/rows', tmp_path/'full/rows'); (tmp_path/'empty').mkdir()
+    for out in ('full','empty'):
+        p = papermill(ROOT/f'paper_figures/{name}.ipynb', tmp_path/f'{out}.ipynb', '-p','out',str(tmp_path/out), cwd=tmp_path)
+        assert p.returncode == 0, p.stderr[-3000:]
+    for kind in ('md','csv'): assert (tmp_path/f'full/{name}.{kind}').read_text() == (ROOT/f'paper_figures/{name}.{kind}').read_text()
+    text = (tmp_path/f'empty/{name}.md').read_text()
+    assert 'seeds)' not in text and '–' in text and text.count('papermill nbs/run.ipynb') == len({cell_name(r) for r in cells(name)}) and (tmp_path/f'empty/{name}.csv').read_text().count('\n') == 1
+
+@pytest.mark.parametrize('given, says', [(['profle','smoke'], "did you mean 'profile'"), (['datasets','cmnst'], "did you mean 'cmnist'"), (['out','/proc/nowhere'], "can't be written to")])
+def test_a_wrong_parameter_of_a_page(given, says, tmp_path):
+    p = papermill(ROOT/'paper_figures/table_faces.ipynb', tmp_path/'o.ipynb', '-p', *given, cwd=tmp_path)
+    assert p.returncode == 1 and says in p.stderr and not list(tmp_path.glob('table*'))
+
+def test_rows_have_the_names_of_their_settings():
+    rows = sorted((ROOT/'paper_figures/rows').glob('*.json')); assert len(rows) > 100
+    for p in rows: assert p.stem.removesuffix('-mlxtend') == cell_name(run_of(json.loads(p.read_text()))), p.name
+
+# --- the workflow itself ---
+
+@pytest.fixture
+def copy(tmp_path):
+    (tmp_path/'nbs').mkdir(); shutil.copy(ROOT/'nbs/run.ipynb', tmp_path/'nbs')
+    shutil.copytree(ROOT/'paper_figures', tmp_path/'paper_figures', ignore=shutil.ignore_patterns('runs','smoke','.snakemake','executed','*.png')); return tmp_path/'paper_figures'
+
+def snakemake(*args, cwd, ok=True):
+    env = environment() | dict(XDG_CACHE_HOME=str(cwd.parent/'cache'))
+    p = subprocess.run([sys.executable,'-m','snakemake',*args], cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
+    assert not ok or p.returncode == 0, (p.stdout+p.stderr)[-3000:]
+    return p.stdout+p.stderr
+
+def jobs(text):
+    "How many jobs of each rule a dry run announces."
+    lines = text.split('Job stats:')[-1].splitlines() if 'Job stats:' in text else []
+    return {o[0]: int(o[1]) for l in lines if len(o := l.split()) == 2 and o[1].isdigit() and o[0] != 'total'}
+
+def test_dry_runs(copy):
+    "What is missing is announced, with an estimate; the names of rules are the names of notebooks; SLURM's profile is valid."
+    have = {p.stem for p in (copy/'rows').glob('*.json')}; want = {cell_name(r) for r in cells('table_bg_fmnist')}
+    text = snakemake('-n','table_bg_fmnist', cwd=copy); assert jobs(text) == {'row': len(want-have), 'table_bg_fmnist': 1} and 'rows are there' in text and 'hours' in text
+    assert jobs(snakemake('-n','--config','at_hand=1','--','table_bg_fmnist', cwd=copy)) == {'table_bg_fmnist': 1}
+    more = jobs(snakemake('-n','--config','seeds=0,7','--','table_bg_fmnist', cwd=copy)); assert more['row'] == len(want-have)+len(want)
+    assert jobs(snakemake('-n','--workflow-profile','profiles/slurm','--config','profile=paper','--','table_cmnist', cwd=copy)) == {'row': len(cells('table_cmnist', 'paper', headline=(1,2))), 'table_cmnist': 1}
+    smoke = jobs(snakemake('-n','--workflow-profile','profiles/smoke', cwd=copy)); assert smoke['row'] == len(cells('table_claims', 'smoke', ('cmnist',))) and all(smoke[n] == 1 for n in NEEDS)
+    assert 'table_cmnst' in snakemake('-n','table_cmnst', cwd=copy, ok=False)
+
+def result(folder): return {p.name: {k: v for k,v in json.loads(p.read_text()).items() if k not in TIMES} for p in (folder/'rows').glob('*.json')}
+
+def test_a_row_once_a_kill_and_two_at_once(copy):
+    target, smoke = 'figure_overhead', ('--workflow-profile','profiles/smoke')       # the page that needs one row
+    snakemake(*smoke, target, cwd=copy); done = result(copy/'smoke'); assert len(done) == 1 and (copy/'smoke/figure_overhead.png').exists()
+    assert 'Nothing to be done' in snakemake(*smoke, target, cwd=copy)
+    row, = (copy/'smoke/rows').glob('*.json'); row.unlink(); shutil.rmtree(copy/'smoke/runs')
+    assert jobs(snakemake('-n', *smoke, target, cwd=copy)) == {'row': 1, target: 1}
+    p = subprocess.Popen([sys.executable,'-m','snakemake',*smoke,target], cwd=copy, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    until = time.monotonic()+60
+    while not list((copy/'smoke/runs').glob('*.log')) and time.monotonic() < until: time.sleep(.1)
+    assert 'lock' in snakemake(*smoke, target, cwd=copy, ok=False).lower()            # a second one does not make the row too
+    os.killpg(p.pid, signal.SIGKILL); p.wait(); assert not row.exists()
+    snakemake(*smoke, '--unlock', cwd=copy); snakemake(*smoke, target, cwd=copy); assert result(copy/'smoke') == done
