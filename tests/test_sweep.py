@@ -30,10 +30,11 @@ def test_rows_have_the_names_of_their_settings():
     rows = sorted((ROOT/'paper_figures/rows').glob('*.json')); assert len(rows) > 100
     for p in rows: assert p.stem.removesuffix('-mlxtend') == cell_name(run_of(json.loads(p.read_text()))), p.name
 
-# --- the workflow itself ---
+# --- the workflow itself (Snakemake wants Python 3.11) ---
 
 @pytest.fixture
 def copy(tmp_path):
+    pytest.importorskip('snakemake')
     (tmp_path/'nbs').mkdir(); shutil.copy(ROOT/'nbs/run.ipynb', tmp_path/'nbs')
     shutil.copytree(ROOT/'paper_figures', tmp_path/'paper_figures', ignore=shutil.ignore_patterns('runs','smoke','.snakemake','executed','*.png')); return tmp_path/'paper_figures'
 
@@ -57,6 +58,7 @@ def test_dry_runs(copy):
     assert jobs(snakemake('-n','--workflow-profile','profiles/slurm','--config','profile=paper','--','table_cmnist', cwd=copy)) == {'row': len(cells('table_cmnist', 'paper', headline=(1,2))), 'table_cmnist': 1}
     smoke = jobs(snakemake('-n','--workflow-profile','profiles/smoke', cwd=copy)); assert smoke['row'] == len(cells('table_claims', 'smoke', ('cmnist',))) and all(smoke[n] == 1 for n in NEEDS)
     assert 'table_cmnst' in snakemake('-n','table_cmnst', cwd=copy, ok=False)
+    assert "did you mean 'seeds'" in snakemake('-n','--config','seed=1', cwd=copy, ok=False)
 
 def result(folder): return {p.name: {k: v for k,v in json.loads(p.read_text()).items() if k not in TIMES} for p in (folder/'rows').glob('*.json')}
 
