@@ -20,7 +20,7 @@ SETTINGS = ('dataset','conflict','ipc','distiller','weighting','debiaser','netwo
 RESULTS = ('accuracy','aligned','conflicting','worst_group','auroc','weight_on_conflicting','effective_share')
 
 def tidy(rows:list)->str:
-    "Rows as CSV: settings, results (means over networks), the published number, seconds of the whole job, the command."
+    "Rows as CSV: settings, results (means over networks), the published number, the command."
     f = io.StringIO(); w = csv.writer(f, lineterminator='\n'); w.writerow([*SETTINGS, *RESULTS, 'published', 'source', 'command'])
     number = lambda v: '' if v is None else f'{statistics.mean(v) if isinstance(v, list) else v:.4f}'
     for r in sorted(rows, key=lambda r: cell_name(run_of(r))):
