@@ -42,6 +42,7 @@ def page_parameters(ns:dict)->dict:
     for o in only: lookup('dataset', o, DATASETS)
     return dict(out=Path(given['out']).expanduser(), profile=given['profile'], only=tuple(only) or None)
 
+# %% ../nbs/14_page.ipynb #688329e9
 class Page:
     "What a notebook in `paper_figures/` shows: text, tables and pictures, in the notebook and in files."
     def __init__(self, name:str, title:str, parameters:dict=()):

@@ -8,7 +8,7 @@ __all__ = ['FULL', 'SCALES', 'SETS', 'UNBIASED', 'TABLE_METHODS', 'FACE_METHODS'
            'row_seconds', 'estimate', 'at_hand', 'keep', 'arguments']
 
 # %% ../nbs/13_sweep.ipynb #dd9ec7fb
-import hashlib, itertools, json, statistics
+import functools, hashlib, itertools, json, statistics
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from .datasets import unknown
@@ -16,6 +16,7 @@ from .kde import WEIGHTINGS
 from .experiment import PROFILES, Run, command, ignored, read_row, write_atomic
 
 # %% ../nbs/13_sweep.ipynb #ae2a0a33
+@functools.cache
 def setting(run:Run)->str:
     "A hash of all settings that shape a run's result, but the seed."
     text = json.dumps({k: v for k,v in asdict(run).items() if v is not None and k!='seed' and k not in ignored(run.weighting)}, sort_keys=True)
@@ -75,6 +76,9 @@ NEEDS['table_claims'] = lambda s: [o for n in NEEDS if n!='table_claims' for o i
 # %% ../nbs/13_sweep.ipynb #5c40b336
 HEADLINE = [dict(dataset='cmnist', conflict=.05, ipc=i, distiller='dm', weighting=w, debiaser='none') for i in (10,50) for w in ('uniform','kde')]
 
+@functools.cache
+def _run(items:tuple, profile:str)->Run: return Run.of(**dict(items), profile=profile)
+
 def cells(
     name:str,            # a notebook of `NEEDS`
     profile:str='laptop',
@@ -88,8 +92,8 @@ def cells(
     runs = {}
     for o in NEEDS[name](SCALES[profile]):
         if datasets and o['dataset'] not in datasets: continue
-        first = Run.of(**o, profile=profile)
-        more = headline if any(all(getattr(first, k)==v for k,v in h.items()) and first==Run.of(**h, profile=profile) for h in HEADLINE) else ()
+        first = _run(tuple(o.items()), profile)
+        more = headline if any(all(getattr(first, k)==v for k,v in h.items()) and first==_run(tuple(h.items()), profile) for h in HEADLINE) else ()
         for s in dict.fromkeys((*seeds, *more)): r = replace(first, seed=s); runs[cell_name(r)] = r
     return list(runs.values())
 
