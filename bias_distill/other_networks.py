@@ -8,6 +8,7 @@ __all__ = ['NETWORKS', 'Many', 'lenet', 'resnet18']
 # %% ../nbs/01b_other_networks.ipynb #0a1a03ff
 import torch
 from torch import nn, Tensor
+from .datasets import seeded
 from .networks import NETWORKS, normalised
 
 # %% ../nbs/01b_other_networks.ipynb #044ea029
