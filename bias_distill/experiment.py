@@ -9,8 +9,8 @@ __all__ = ['DISTILLERS', 'IDLE', 'DEBIASERS', 'SPLITS', 'INITS', 'DEBIAS_FIELDS'
            'profile_values', 'complaint', 'disagreements', 'method_disagreements', 'uses', 'ignored', 'stage_key',
            'run_key', 'write_atomic', 'digest', 'save_tensors', 'load_tensors', 'writable', 'bar', 'watch',
            'provenance', 'compared', 'twin', 'Experiment', 'outline', 'read_row', 'total_steps', 'crowds',
-           'evaluation_networks', 'evaluate', 'held_out', 'debiased', 'device_name', 'command', 'write_figure',
-           'save_picture', 'read_params']
+           'evaluation_networks', 'evaluate', 'held_out', 'debiased', 'device_name', 'arguments', 'command',
+           'write_figure', 'save_picture', 'plain_values', 'read_params']
 
 # %% ../nbs/11_experiment.ipynb #dca4548f
 import contextlib, hashlib, importlib, inspect, io, json, math, os, platform, subprocess, sys, tempfile, time, warnings
@@ -225,8 +225,8 @@ def disagreements(run:Run, given:Run)->list:
     if run.distiller=='none' and run.weighting!='uniform': bad.append(f"weighting={run.weighting!r}: distiller='none' trains on the images as they are; expected uniform")
     for k in DEBIAS_FIELDS:
         if getattr(given, k) is not None and run.debiaser=='none': bad.append(f"{k}={getattr(given, k)!r}: only a debiaser takes it, {' or '.join(list(DEBIASERS)[1:])}; got debiaser='none'")
-    if run.network in ('lenet','resnet18'):
-        if run.debiaser!='none': bad.append(f"network={run.network!r}: {run.debiaser} needs an embedding to work on; expected 'convnet' or 'mlp'")
+    if not hasattr(NETWORKS[run.network or 'convnet'], 'embed'):     # somebody else's design, see 01b
+        if run.debiaser!='none': bad.append(f"network={run.network!r}: {run.debiaser} needs an embedding to work on; expected {' or '.join(k for k,o in NETWORKS.items() if hasattr(o, 'embed'))}")
         if given.eval_width is not None: bad.append(f"eval_width={given.eval_width}: network={run.network!r} has a width of its own; leave it out")
     if run.distiller=='random' and not (run.weighting=='uniform' or run.weighting.endswith('_draw')):
         bad.append(f"weighting={run.weighting!r}: distiller='random' has no mean to weight; expected uniform, or one that draws")
@@ -570,7 +570,6 @@ def _experts(self, run)->dict:
 
 Experiment._steps, Experiment._keep, Experiment._experts = _steps, _keep, _experts
 Experiment._state, Experiment.distill, Experiment._together = _state, _distill, _together
-Experiment._state, Experiment.distill, Experiment._together = _state, _distill, _together
 
 # %% ../nbs/11_experiment.ipynb #f8defd5c
 def _evaluate(self)->list:
@@ -643,13 +642,17 @@ def device_name(device)->str:
         return next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))+f', {os.cpu_count()} cores'
     return platform.processor() or 'cpu'
 
-def command(run:Run)->str:
-    "The command that makes a run's row: what differs from its profile's defaults."
+def arguments(run:Run)->str:
+    "A run as papermill's parameters: what differs from its profile's defaults."
     auto = asdict(Run.of(**{k: getattr(run,k) for k in ('dataset','ipc','distiller','weighting','debiaser','network','profile')}))
     always = ('dataset','conflict','ipc','distiller','weighting','profile','seed')
     show = [k for k,v in asdict(run).items() if v is not None and (k in always or k in ('debiaser','network') and v!='none' or (v!=auto[k] and k not in ignored(run.weighting)))]
+    return ' '.join(f'-p {k} {getattr(run,k)}' for k in show)
+
+def command(run:Run)->str:
+    "The command that makes a run's row."
     own = ' -p data_dir DIR'*(run.dataset in ('folder','layout'))   # where it lies is nobody's business
-    return 'papermill nbs/run.ipynb out.ipynb '+' '.join(f'-p {k} {getattr(run,k)}' for k in show)+own
+    return f'papermill nbs/run.ipynb out.ipynb {arguments(run)}{own}'
 
 def write_figure(path, fig, dpi:int=100):
     "A matplotlib figure as a PNG file, atomically, and the same bytes for the same figure."
@@ -669,12 +672,15 @@ def save_picture(path, syn, run):
 OTHER = dict(data_dir=str, out_dir=str, compare=(bool,str))
 _SHELL = {'In','Out','get_ipython','exit','quit','open','PAPERMILL_INPUT_PATH','PAPERMILL_OUTPUT_PATH'}
 
+def plain_values(ns:dict)->dict:
+    "What in a notebook's namespace `globals()` may be a parameter, right or misspelt."
+    return {k: v for k,v in ns.items() if k not in _SHELL and not k.startswith('_') and (v is None or isinstance(v, (bool,int,float,str,list,tuple,dict)))}
+
 def read_params(ns:dict)->dict:
     "The parameters in a notebook's namespace `globals()`, checked, as arguments of `Experiment`."
     known = dict.fromkeys([f.name for f in fields(Run)]+list(OTHER))
     given = {k: v for k,v in ns.items() if k in known}
-    new = [k for k,v in ns.items() if k not in known and k not in _SHELL and not k.startswith('_')
-           and (v is None or isinstance(v, (bool,int,float,str,list,tuple,dict)))]
+    new = [k for k in plain_values(ns) if k not in known]
     bad = [unknown('parameter', k, known) for k in new if not ns.get('_params_read')]  # later on a notebook has variables of its own
     bad += [f"{k}={given[k]!r}: expected {t.__name__}, got {type(given[k]).__name__}" for k,t in OTHER.items() if t is str and given.get(k) is not None and type(given[k]) is not t]
     for check in (lambda: compared(True if given.get('compare') is None else given['compare']), lambda: Run.of(**{k: v for k,v in given.items() if k not in OTHER})):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'FAIRDD', 'LC', 'PUBLISHED', 'DISTILLER_NAMES', 'WEIGHTING_NAMES', 'DEBIASER_NAMES', 'COLUMNS', 'METHODS',
-           'published', 'cell', 'read_rows', 'where', 'plain', 'markdown', 'method', 'run_table', 'group_table',
-           'grid_table', 'dataset_table', 'debias_table', 'weighting_table', 'methods_table', 'strip']
+           'published', 'cell', 'mean_of', 'read_rows', 'where', 'plain', 'markdown', 'method', 'run_table',
+           'group_table', 'grid_table', 'dataset_table', 'debias_table', 'weighting_table', 'methods_table', 'strip']
 
 # %% ../nbs/12_figures.ipynb #9b2df6a2
 import statistics
@@ -57,6 +57,10 @@ def cell(
     spread = f" ± {statistics.stdev(over):.{digits}f}" if len(over)>1 else ''
     return f"{statistics.mean(means):.{digits}f}{spread} ({len(over)} {unit})"
 
+def mean_of(rows:list, what:str='accuracy')->float|None:
+    "The mean of a measure over rows of one setting, each the mean over its networks; None where there is nothing."
+    return statistics.mean(statistics.mean(r[what]) for r in rows) if rows else None
+
 # %% ../nbs/12_figures.ipynb #97b61b46
 def read_rows(folder)->list:
     "All rows of a folder, in the order of their names."
@@ -65,9 +69,10 @@ def read_rows(folder)->list:
     return [read_row(p) for p in sorted(folder.glob('*.json'))]
 
 def where(rows:list, **setting)->list:
-    "The rows that agree with all of `setting`; refuses a name that no row has."
+    "The rows that agree with all of `setting`, tested on the usual ConvNet unless `network` is among it; refuses a name that no row has."
     for k in setting:
         if rows and not any(k in r for r in rows): raise ValueError(f"unknown column {k!r} (choose from: {', '.join(rows[0])})")
+    setting = dict(network=None) | setting
     return [r for r in rows if all(r.get(k)==v for k,v in setting.items())]       # an older row lacks what was added since: None
 
 def plain(rows:list)->list:
@@ -115,15 +120,15 @@ def group_table(rows:list)->str:
     names = list(rows[0]['groups'])
     return markdown(['accuracy, %']+names, [[method(r)]+[cell([dict(o=r['groups'][k])], 'o') for k in names] for r in rows])
 
-def grid_table(rows:list, dataset:str, conflicts=(.01,.02,.05), ipcs=(1,10,50), weightings=('uniform','kde'), what='accuracy', distiller='dm')->str:
-    "A measure for every conflict ratio and number of images per class, with published numbers in italics under ours."
+def grid_table(rows:list, dataset:str, conflicts=(.01,.02,.05), ipcs=(1,10,50), methods=(('dm','uniform'),('dm','kde')), whole:bool=False, what='accuracy')->str:
+    "A measure for every conflict ratio, method and number of images per class, with published numbers in italics; `whole`: and for the whole training set."
+    def ours(**at):
+        p = published(dict(ipc=0, debiaser='none') | at) if what=='accuracy' else None
+        return cell(where(rows, debiaser='none', **at), what)+(f" *(paper {p['accuracy']})*" if p else '')
     lines = []
     for c in conflicts:
-        for w in weightings:
-            at = dict(dataset=dataset, conflict=c, distiller=distiller, weighting=w, debiaser='none')
-            ours = [cell(where(rows, ipc=i, **at), what) for i in ipcs]
-            paper = [published(at|dict(ipc=i)) for i in ipcs]
-            lines.append([f"{c:.0%} {method(dict(distiller=distiller, weighting=w))}"]+[o+(f" *(paper {p['accuracy']})*" if p and what=='accuracy' else '') for o,p in zip(ours, paper)])
+        lines += [[f'{c:.0%} {method(dict(distiller=d, weighting=w))}']+[ours(dataset=dataset, conflict=c, ipc=i, distiller=d, weighting=w) for i in ipcs] for d,w in methods]
+        if whole: lines.append([f'{c:.0%} the whole training set', ours(dataset=dataset, conflict=c, distiller='none', weighting='uniform')]+['']*(len(ipcs)-1))
     return markdown(['conflicting, method']+[f'IPC {i}' for i in ipcs], lines)
 
 # %% ../nbs/12_figures.ipynb #66c42915
@@ -150,11 +155,10 @@ def weighting_table(rows:list, dataset:str, names=None, conflict=.05, ipc=10, di
     "A line a weighting, the most accurate first: accuracy by group, how well it finds the conflicting images, seconds to find the weights."
     at = lambda w: where(rows, dataset=dataset, conflict=conflict, ipc=ipc, distiller=distiller, weighting=w, debiaser='none')
     found = {w: at(w) for w in names or WEIGHTING_NAMES if at(w)}
-    mean = lambda rs: statistics.mean(statistics.mean(r['accuracy']) for r in rs)
     took = lambda rs: f"{statistics.mean(sum(v for k,v in r['seconds'].items() if k not in ('data','kde','distill','evaluate','experts')) for r in rs):.0f}"
     line = lambda w, rs: [method(dict(distiller=distiller, weighting=w))]+[cell(rs, k, d) for k,d in (('accuracy',1),('aligned',1),('conflicting',1),('worst_group',1),('auroc',3),('weight_on_conflicting',2))]+[took(rs)]
     return markdown([f'`{dataset}`, {conflict:.0%}, IPC {ipc}','accuracy, %','aligned','conflicting','worst group','AUROC','weight on conflicting','seconds for the view'],
-                    [line(w, rs) for w,rs in sorted(found.items(), key=lambda o: -mean(o[1]))])
+                    [line(w, rs) for w,rs in sorted(found.items(), key=lambda o: -mean_of(o[1]))])
 
 # %% ../nbs/12_figures.ipynb #84ad61c4
 def methods_table(rows:list, datasets:list, methods=METHODS, conflict=.05, ipc=10, what='accuracy', digits:int=1, **at)->str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FULL', 'SCALES', 'SETS', 'UNBIASED', 'TABLE_METHODS', 'FACE_METHODS', 'AMPLIFIERS', 'COMPARED', 'ARCHITECTURES',
            'NEEDS', 'HEADLINE', 'LIKE', 'setting', 'cell_name', 'run_of', 'grid', 'of_dataset', 'cells', 'sweep',
-           'row_seconds', 'estimate', 'at_hand', 'keep', 'arguments']
+           'row_seconds', 'estimate', 'at_hand', 'keep']
 
 # %% ../nbs/13_sweep.ipynb #dd9ec7fb
 import functools, hashlib, itertools, json, statistics
@@ -13,7 +13,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from .datasets import unknown
 from .kde import WEIGHTINGS
-from .experiment import PROFILES, Run, command, ignored, read_row, write_atomic
+from .experiment import PROFILES, Run, ignored, read_row, write_atomic
 
 # %% ../nbs/13_sweep.ipynb #ae2a0a33
 @functools.cache
@@ -131,7 +131,3 @@ def keep(name:str, runs, rows)->Path:
     if not found: raise FileNotFoundError(f"no row of {name} in {runs}: expected one that `papermill nbs/run.ipynb` made there")
     to = Path(rows)/f'{name}.json'
     write_atomic(to, max(found, key=lambda p: p.stat().st_mtime).read_bytes()); return to
-
-def arguments(run:Run)->str:
-    "A run's parameters, for papermill."
-    return command(run).split('out.ipynb ', 1)[1]

@@ -31,7 +31,7 @@ def test_parameters_come_first_and_once(p):
     assert sum(tagged) == 1, f"{sum(tagged)} cells are tagged 'parameters'"
     assert tagged[0], "the cell tagged 'parameters' must be the first code cell"
 
-@pytest.mark.parametrize('p', NOTEBOOKS, ids=name)
+@pytest.mark.parametrize('p', [*NOTEBOOKS, *sorted(ROOT.glob('paper_figures/executed/*.ipynb'))], ids=name)
 def test_notebook_is_light(p): assert p.stat().st_size < 300_000
 
 @pytest.mark.parametrize('p', NOTEBOOKS, ids=name)

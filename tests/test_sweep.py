@@ -72,6 +72,6 @@ def test_a_row_once_a_kill_and_two_at_once(copy):
     p = subprocess.Popen([sys.executable,'-m','snakemake',*smoke,target], cwd=copy, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     until = time.monotonic()+60
     while not list((copy/'smoke/runs').glob('*.log')) and time.monotonic() < until: time.sleep(.1)
-    assert 'lock' in snakemake(*smoke, target, cwd=copy, ok=False).lower()            # a second one does not make the row too
+    assert 'LockException' in snakemake(*smoke, target, cwd=copy, ok=False) and p.poll() is None    # a second one does not make the row too
     os.killpg(p.pid, signal.SIGKILL); p.wait(); assert not row.exists()
     snakemake(*smoke, '--unlock', cwd=copy); snakemake(*smoke, target, cwd=copy); assert result(copy/'smoke') == done
