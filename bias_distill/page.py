@@ -52,6 +52,7 @@ def small_copy(path, most:int=180_000)->Image:
         if f.tell() <= most: break
     return Image(f.getvalue(), format='jpeg')
 
+# %% ../nbs/14_page.ipynb #cc9f6226
 class Page:
     "What a notebook in `paper_figures/` shows: text, tables and pictures, in the notebook and in files."
     def __init__(self, name:str, title:str, parameters:dict=()):
