@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'LOOKS', 'WEIGHTINGS', 'gce', 'cross_entropy', 'ema', 'relative_difficulty', 'Disentangled', 'Loss',
-           'batches', 'dfa', 'side_difficulty', 'difficulty_view', 'lff_view', 'dfa_view', 'by_difficulty']
+           'batches', 'erm', 'dfa', 'side_difficulty', 'difficulty_view', 'lff_view', 'dfa_view', 'by_difficulty']
 
 # %% ../nbs/10_dfa.ipynb #9fb654d2
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .datasets import seeded
 from .networks import to_float, features, compiled, bite, channels_last, network_for
-from .training import check_positive, check_training_set, chunks
+from .training import check_positive, check_training_set, chunks, step
 from .kde import WEIGHTINGS, fixed
 from .views import LOOKS, VIEWS
-from .selecmix import backward, most
+from .selecmix import backward, most, own_loss
 
 # %% ../nbs/10_dfa.ipynb #116f723b
 def gce(
@@ -121,6 +121,29 @@ def batches(x:Tensor, batch:int, augment, seed:int):
     while True:
         for i in chunks(torch.randperm(len(x), generator=order).to(x.device), batch):
             yield (x[i] if augment is None else augment(to_float(x[i]), g)), i, torch.randperm(len(i), generator=order).to(x.device)
+
+# %% ../nbs/10_dfa.ipynb #fa928893
+def erm(
+    new,                # function from a number of outputs to a new network or crowd, on the device of x
+    x:Tensor,           # (n, 3, h, w) images, uint8 or 0 to 1
+    y:Tensor,           # (n,) labels
+    classes:int,
+    steps:int=1000,     # of Adam
+    lr:float=1e-3,      # learning rate
+    batch:int=256,      # images a step, at most
+    augment=None,       # function (images, generator) -> images
+    compile:bool=True,  # compiled, in `fast_dtype`; False (short runs): eager, in float32
+    progress=None,      # called with the number of steps done and the network
+    *, seed:int,
+):                      # the trained classifiers, in eval mode
+    "Plain training as the debiasers train: cross-entropy by Adam. What they are to be compared with."
+    check_training_set(x, y, None, classes); check_positive(steps=steps, lr=lr, batch=batch)
+    net = new(classes); net.reset([seeded(seed, 'erm', i) for i in range(net.members)]).train()
+    opt, loss = torch.optim.Adam(net.parameters(), lr=lr), compiled(own_loss, compile)
+    for t,(xb,i,_) in zip(range(steps), batches(x, batch, augment, seed)):
+        step(net, opt, loss, xb, y[i,None].expand(-1, net.members), torch.ones(len(xb), device=x.device), most(net, x))
+        if progress: progress(t+1, net)
+    return net.eval()
 
 # %% ../nbs/10_dfa.ipynb #8414a8d2
 def dfa(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DISTILLERS', 'IDLE', 'DEBIASERS', 'SPLITS', 'INITS', 'DEBIAS_FIELDS', 'METHOD_FIELDS', 'DATA_FIELDS', 'PROFILES',
-           'ALWAYS', 'BY_DATASET', 'BY_DISTILLER', 'POSITIVE', 'CHECKS', 'ENCODER', 'STAGE_FIELDS', 'CROWD', 'OTHER',
-           'random', 'none', 'Settings', 'Method', 'distiller_settings', 'Run', 'data_settings', 'debias_values',
-           'profile_values', 'complaint', 'disagreements', 'method_disagreements', 'uses', 'ignored', 'stage_key',
-           'run_key', 'write_atomic', 'digest', 'save_tensors', 'load_tensors', 'writable', 'bar', 'watch',
+           'ALWAYS', 'BY_DATASET', 'BY_DISTILLER', 'MLPS', 'POSITIVE', 'CHECKS', 'ENCODER', 'STAGE_FIELDS', 'CROWD',
+           'OTHER', 'random', 'none', 'Settings', 'Method', 'distiller_settings', 'Run', 'data_settings',
+           'debias_values', 'profile_values', 'complaint', 'disagreements', 'method_disagreements', 'uses', 'ignored',
+           'stage_key', 'run_key', 'write_atomic', 'digest', 'save_tensors', 'load_tensors', 'writable', 'bar', 'watch',
            'provenance', 'compared', 'twin', 'Experiment', 'outline', 'read_row', 'total_steps', 'crowds',
            'evaluation_networks', 'evaluate', 'held_out', 'debiased', 'device_name', 'arguments', 'command',
            'write_figure', 'save_picture', 'plain_values', 'read_params']
@@ -30,7 +30,7 @@ from .crowding import clusters, knn   # adds them to WEIGHTINGS, as the next do 
 from .views import LOOKS, VIEWS
 from .choice import FINDS_VARIANCE
 from .selecmix import selecmix
-from .dfa import dfa
+from .dfa import dfa, erm
 from .dm import dm, start
 from .dsa import dc, dsa, loops
 from .mtt import SGD_BATCH, mtt, train_experts
@@ -47,7 +47,7 @@ def none(split, weightings, state, iterations, *args, **kw):
 
 DISTILLERS = dict(dm=dm, dc=dc, dsa=dsa, mtt=mtt, random=random, none=none)
 IDLE = ('random','none')         # distillers that take no steps
-DEBIASERS = dict(none=None, selecmix=selecmix, dfa=dfa)
+DEBIASERS = dict(none=None, erm=erm, selecmix=selecmix, dfa=dfa)
 SPLITS = dict(test='the test set', validation='a part of the training data, to choose settings on')
 INITS = dict.fromkeys(('real','weighted','noise'))
 
@@ -96,7 +96,7 @@ class Method(Settings):
     latest_start:int=None        # last snapshot to start from (mtt)
     student_steps:int=None       # SGD steps on the synthetic images (mtt)
     lr_lr:float=None             # learning rate of the student's learning rate (mtt)
-    network:str=None             # what is evaluated: 'convnet' (None), 'mlp', 'lenet' or 'resnet18'
+    network:str=None             # what is evaluated: 'convnet' (None), 'mlp', 'mlp255', 'lenet' or 'resnet18'
     debias_steps:int=None        # steps of a debiaser (selecmix, dfa), in place of eval_epochs
     debias_lr:float=None         # its learning rate, in place of eval_lr
 
@@ -149,11 +149,14 @@ BY_DISTILLER = dict( # distiller -> profile -> values
              laptop=dict(iterations=160, lr_img=3000., width=32, eval_width=128, experts=5, expert_epochs=16, epoch_steps=10, ahead=3, latest_start=8, student_steps=10, lr_net=.05, lr_lr=1e-4),
              paper=dict(iterations=5000, lr_img=1000., init='noise', experts=100, expert_epochs=50, epoch_steps=0, ahead=3, latest_start=25, student_steps=20, lr_net=.01, lr_lr=1e-5, eval_lr=None)))
 
+MLPS = ('mlp','mlp255')
+
 def debias_values(profile:str, dataset:str, distiller:str, debiaser:str, network:str)->dict:
-    "What a profile decides for a debiaser: steps, on the training set itself many more; Adam's learning rate, its authors' for an MLP on coloured digits and for Corrupted CIFAR-10."
+    "What a profile decides for a debiaser: steps, on the training set itself many more (most where dim images make the MLP slow); Adam's learning rate, its authors' for an MLP on coloured digits and for Corrupted CIFAR-10."
     whole = distiller=='none'
-    steps = dict(smoke=6, laptop=3000 if network=='mlp' and whole else 1000 if whole else 300, paper=50_000 if whole else 5000)[profile]
-    return dict(debias_steps=steps, debias_lr=dict(dfa=.01, selecmix=.005)[debiaser] if (network, dataset)==('mlp','cmnist') else .001, eval_batch=256)
+    long = 10_000 if network=='mlp255' and debiaser!='selecmix' else 3000 if network in MLPS else 1000
+    steps = dict(smoke=6, laptop=long if whole else 300, paper=50_000 if whole else 5000)[profile]
+    return dict(debias_steps=steps, debias_lr=dict(erm=.01, dfa=.01, selecmix=.005)[debiaser] if network in MLPS and dataset=='cmnist' else .001, eval_batch=256)
 
 def profile_values(profile:str, dataset:str, ipc:int, weighting:str, distiller:str='dm', debiaser:str='none', network:str=None)->dict:
     "What a profile decides for a dataset, a number of images per class, a weighting, a distiller, a debiaser and a network."
@@ -162,7 +165,7 @@ def profile_values(profile:str, dataset:str, ipc:int, weighting:str, distiller:s
     if profile=='laptop': v |= BY_DATASET.get(dataset, {})
     v |= own | data_settings(dataset) | (dict(rare=.05) if weighting=='kde_rare' else {}) | (dict(init='weighted') if draws else {})
     if weighting in FINDS_VARIANCE: v['variance'] = None
-    if network=='mlp': v |= dict(eval_width=100) | (dict(eval_epochs=30) if distiller=='none' and profile!='smoke' else {})
+    if network in MLPS: v |= dict(eval_width=100) | (dict(eval_epochs=30) if distiller=='none' and profile!='smoke' else {})
     if debiaser!='none': v |= debias_values(profile, dataset, distiller, debiaser, network)
     if v['augment'] is None: v['augment'] = default_strategy(dataset, distiller)
     return {k: o(ipc) if callable(o) else o for k,o in v.items()}
@@ -225,6 +228,7 @@ def disagreements(run:Run, given:Run)->list:
     if run.distiller=='none' and run.weighting!='uniform': bad.append(f"weighting={run.weighting!r}: distiller='none' trains on the images as they are; expected uniform")
     for k in DEBIAS_FIELDS:
         if getattr(given, k) is not None and run.debiaser=='none': bad.append(f"{k}={getattr(given, k)!r}: only a debiaser takes it, {' or '.join(list(DEBIASERS)[1:])}; got debiaser='none'")
+    if run.network=='mlp255' and run.debiaser=='none': bad.append("network='mlp255': its images are so dim that SGD leaves its first layer where it was; expected a debiaser (plain training with Adam: debiaser='erm'), or network='mlp'")
     if not hasattr(NETWORKS[run.network or 'convnet'], 'embed'):     # somebody else's design, see 01b
         if run.debiaser!='none': bad.append(f"network={run.network!r}: {run.debiaser} needs an embedding to work on; expected {' or '.join(k for k,o in NETWORKS.items() if hasattr(o, 'embed'))}")
         if given.eval_width is not None: bad.append(f"eval_width={given.eval_width}: network={run.network!r} has a width of its own; leave it out")
@@ -419,7 +423,7 @@ def _estimate(self)->float:
                   mtt=lambda: n*(r.experts*r.expert_epochs*(r.epoch_steps or len(self.train)//SGD_BATCH)*SGD_BATCH*3*fast + steps*r.student_steps*min(syn, SGD_BATCH)*12*exact))
     match = lambda: n*steps*(exact*(3*real+9*syn)+fast*3*r.inner_epochs*syn)
     taken = r.eval_epochs*(syn or len(self.train)) if r.debiaser=='none' else 2*r.debias_steps*min(r.eval_batch, syn or len(self.train))
-    final = (r.eval_width or r.width)/r.width*fast*n*(3*taken*r.eval_networks + len(self.test)*r.eval_networks)*(.02 if r.network=='mlp' else 1)
+    final = (r.eval_width or r.width)/r.width*fast*n*(3*taken*r.eval_networks + len(self.test)*r.eval_networks)*(.02 if r.network in MLPS else 1)
     return distil.get(r.distiller, match)()+final+(45 if todo and r.profile!='smoke' else 5)
 
 def outline(run:Run, classes:int)->str:

@@ -31,8 +31,7 @@ def test_debiaser_after_distillation(name, tmp_path):
     more = finish(Experiment(Run.of(**SMOKE, debiaser=name, debias_steps=9), out_dir=str(tmp_path/'a')))
     assert more[0]['key'] != rows[0]['key'] and more[0]['accuracy'] != rows[0]['accuracy']
 
-@pytest.mark.parametrize('network', [None,'mlp'])
-@pytest.mark.parametrize('debiaser', ['none','selecmix','dfa'])
+@pytest.mark.parametrize('network,debiaser', [(None,'none'),(None,'erm'),(None,'selecmix'),(None,'dfa'),('mlp','none'),('mlp255','erm'),('mlp','selecmix'),('mlp255','dfa')])
 def test_the_training_set_itself(network, debiaser, tmp_path, monkeypatch):
     "Without distillation: nothing held out is trained on, no images are stored, and asking again computes nothing."
     seen = []
@@ -81,7 +80,7 @@ def test_views_are_kept_and_shared(tmp_path, monkeypatch):
     assert list(row['seconds']) == ['data','chosen','kde','distill','evaluate'] and len(list(tmp_path.glob('stages/chosen-*'))) == 1
 
 @pytest.mark.parametrize('bad,words', [
-    (dict(debiaser='selectmix'), ["unknown debiaser 'selectmix'", "did you mean 'selecmix'?", 'none, selecmix, dfa']),
+    (dict(debiaser='selectmix'), ["unknown debiaser 'selectmix'", "did you mean 'selecmix'?", 'none, erm, selecmix, dfa']),
     (dict(debias_steps=0, debiaser='dfa'), ['debias_steps=0', 'at least 1']), (dict(debias_lr=-1., debiaser='dfa'), ['debias_lr=-1.0', 'above 0']),
     (dict(debias_lr=.1), ['debias_lr=0.1', 'selecmix or dfa', "debiaser='none'"]), (dict(network='resnet'), ["unknown network 'resnet'", 'convnet, mlp']),
     (dict(distiller='none'), ["weighting='kde'", "distiller='none'", 'uniform']), (dict(distiller='none', weighting='uniform', iterations=3), ['iterations=3', 'takes no steps']),
