@@ -152,9 +152,9 @@ BY_DISTILLER = dict( # distiller -> profile -> values
 MLPS = ('mlp','mlp255')
 
 def debias_values(profile:str, dataset:str, distiller:str, debiaser:str, network:str)->dict:
-    "What a profile decides for a debiaser: steps, on the training set itself many more (most where dim images make the MLP slow); Adam's learning rate, its authors' for an MLP on coloured digits and for Corrupted CIFAR-10."
+    "What a profile decides for a debiaser: steps, on the training set itself many more; Adam's learning rate, its authors' for an MLP on coloured digits and for Corrupted CIFAR-10."
     whole = distiller=='none'
-    long = 10_000 if network=='mlp255' and debiaser!='selecmix' else 3000 if network in MLPS else 1000
+    long = 1000 if network not in MLPS else 10_000 if dataset=='cmnist' else 3000
     steps = dict(smoke=6, laptop=long if whole else 300, paper=50_000 if whole else 5000)[profile]
     return dict(debias_steps=steps, debias_lr=dict(erm=.01, dfa=.01, selecmix=.005)[debiaser] if network in MLPS and dataset=='cmnist' else .001, eval_batch=256)
 
@@ -605,11 +605,12 @@ def debiased(x, y, run:Run, data:Split, test:Split, classes:int, aug, groups, co
     i = held_out(data, classes, run.seed)
     if run.distiller=='none': keep = torch.ones(len(x), dtype=torch.bool, device=x.device); keep[i] = False; x, y = x[keep], y[keep]
     best = Best(data.x[i], data.y[i], max(1, run.debias_steps//20), compile)
-    new = lambda k: network_for(data.x, run.eval_width or run.width, k, run.eval_networks, run.network)
+    new, aux = ((lambda k, kind=kind: network_for(data.x, run.eval_width or run.width, k, run.eval_networks, kind)) for kind in (run.network, 'mlp'))
+    own = dict(aux=aux) if (run.debiaser, run.network)==('selecmix','mlp255') else {}          # dim images are for the classifier: who is to see the bias should see well
     def each(t, net):
         best(t, net)
         if progress: progress(t)
-    net = DEBIASERS[run.debiaser](new, x, y, classes, run.debias_steps, run.debias_lr, run.eval_batch, aug, compile, each, seed=run.seed)
+    net = DEBIASERS[run.debiaser](new, x, y, classes, run.debias_steps, run.debias_lr, run.eval_batch, aug, compile, each, seed=run.seed, **own)
     last = groups(predict(net, test.x, compile))
     return last | dict(best_on_validation=groups(best.predict(net, test.x)) | dict(step=best.at.tolist(), validation=best.accuracy.tolist(), images=len(i)))
 

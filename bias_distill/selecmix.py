@@ -148,14 +148,14 @@ def selecmix(
     augment=None,       # function (images, generator) -> images, applied to each big batch
     compile:bool=True,  # compiled, in `fast_dtype`; False (short runs): eager, in float32
     progress=None,      # called with the number of steps done and the classifier
-    *, seed:int, big:int=1024, lr_contrast:float=1e-2, # images among which partners are chosen; auxiliary learning rate
+    *, seed:int, big:int=1024, lr_contrast:float=1e-2, aux=None, # images among which partners are chosen; the auxiliary network's learning rate, and a function that makes it (default: `new`)
 ):                      # the trained classifiers, in eval mode
     "Classifiers trained on selectively mixed images (V+SelecMix, Hwang et al. 2022), without bias labels."
     check_training_set(x, y, None, classes)
     check_positive(steps=steps, lr=lr, batch=batch, big=big, lr_contrast=lr_contrast)
     net = new(classes); net.reset([seeded(seed, 'selecmix', i, 'classifier') for i in range(net.members)]).train()
     opt, loss = torch.optim.Adam(net.parameters(), lr=lr), compiled(own_loss, compile)
-    c = Contrast(new, lr_contrast, compile, seed)
+    c = Contrast(aux or new, lr_contrast, compile, seed)
     for t,(xb,yb) in zip(range(steps), mini_batches(c, x, y, big, batch, augment, seed)):
         step(net, opt, loss, xb, yb, torch.ones(len(xb), device=x.device), most(net, x))
         if progress: progress(t+1, net)

@@ -52,7 +52,7 @@ TABLE_METHODS = (('random','uniform'),('dm','uniform'),('dm','kde'),('dsa','unif
 FACE_METHODS = (('random','uniform'),('dm','uniform'),('dm','kde'),('dm','kde_rare'),('dm','gap_draw'),('dm','oracle'))
 AMPLIFIERS = (('random','uniform'),('dm','uniform'),('dsa','uniform'),('mtt','uniform'))
 COMPARED = tuple(w for w in WEIGHTINGS)                         # every weighting there is, ceilings among them
-WHOLE = (('cmnist','mlp255',('erm','selecmix','dfa')), ('cmnist','mlp',('none','selecmix','dfa')), ('corrupted_cifar10','mlp',('erm','selecmix','dfa'))) # debiasers without distillation: dataset, network, debiasers
+WHOLE = (('cmnist','mlp255',('erm','selecmix','dfa')), ('cmnist','mlp',('none','erm','dfa')), ('corrupted_cifar10','mlp',('erm','selecmix','dfa'))) # debiasers without distillation: dataset, network, debiasers
 ARCHITECTURES = ('convnet','mlp','lenet','resnet18')
 
 def of_dataset(name:str):

@@ -31,7 +31,7 @@ def test_debiaser_after_distillation(name, tmp_path):
     more = finish(Experiment(Run.of(**SMOKE, debiaser=name, debias_steps=9), out_dir=str(tmp_path/'a')))
     assert more[0]['key'] != rows[0]['key'] and more[0]['accuracy'] != rows[0]['accuracy']
 
-@pytest.mark.parametrize('network,debiaser', [(None,'none'),(None,'erm'),(None,'selecmix'),(None,'dfa'),('mlp','none'),('mlp255','erm'),('mlp','selecmix'),('mlp255','dfa')])
+@pytest.mark.parametrize('network,debiaser', [(None,'none'),(None,'erm'),(None,'selecmix'),(None,'dfa'),('mlp','none'),('mlp255','erm'),('mlp','selecmix'),('mlp255','selecmix'),('mlp255','dfa')])
 def test_the_training_set_itself(network, debiaser, tmp_path, monkeypatch):
     "Without distillation: nothing held out is trained on, no images are stored, and asking again computes nothing."
     seen = []
