@@ -165,7 +165,7 @@ def profile_values(profile:str, dataset:str, ipc:int, weighting:str, distiller:s
     if profile=='laptop': v |= BY_DATASET.get(dataset, {})
     v |= own | data_settings(dataset) | (dict(rare=.05) if weighting=='kde_rare' else {}) | (dict(init='weighted') if draws else {})
     if weighting in FINDS_VARIANCE: v['variance'] = None
-    if (profile, distiller, dataset)==('laptop','mtt','corrupted_cifar10'): v['lr_img'] = 300.            # at 3000 and at 1000 the student's learning rate falls to nothing, on the validation split
+    if (profile, distiller, dataset)==('laptop','mtt','corrupted_cifar10'): v['lr_img'] = 300.            # larger steps end in noise, on the validation split
     if network in MLPS: v |= dict(eval_width=100) | (dict(eval_epochs=30) if distiller=='none' and profile!='smoke' else {})
     if debiaser!='none': v |= debias_values(profile, dataset, distiller, debiaser, network)
     if v['augment'] is None: v['augment'] = default_strategy(dataset, distiller)

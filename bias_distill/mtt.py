@@ -118,8 +118,7 @@ def mtt(
         moves, own = {}, {}
         for w in weightings:
             moves[w.name], g = _follow(fs, state, w.name, trajectories[w.name], t, student_steps, ahead, latest_start, strategy, scale, seed)
-            was = state['own'][w.name]; v = .5*was['v']+g; own[w.name] = dict(lr=was['lr']-lr_lr*v, v=v)
-            if own[w.name]['lr'] <= 0: raise FloatingPointError(f"step {t+1} takes the student's learning rate of {w.name!r} from {was['lr']:.3g} below 0, where nothing can be matched: lower lr_img ({lr}) or lr_lr ({lr_lr})")
+            was = state['own'][w.name]; v = .5*was['v']+g; own[w.name] = dict(lr=torch.maximum(was['lr']-lr_lr*v, was['lr']/2), v=v)
         commit(state, moved(state, moves, lr, cause=f'lower lr ({lr}), lr_net ({lr_net}) or lr_lr ({lr_lr})'), own=own)
         yield state
 
