@@ -149,6 +149,7 @@ BY_DISTILLER = dict( # distiller -> profile -> values
              laptop=dict(iterations=160, lr_img=3000., width=32, eval_width=128, experts=5, expert_epochs=16, epoch_steps=10, ahead=3, latest_start=8, student_steps=10, lr_net=.05, lr_lr=1e-4),
              paper=dict(iterations=5000, lr_img=1000., init='noise', experts=100, expert_epochs=50, epoch_steps=0, ahead=3, latest_start=25, student_steps=20, lr_net=.01, lr_lr=1e-5, eval_lr=None)))
 
+# %% ../nbs/11_experiment.ipynb #95e9af65
 MLPS = ('mlp','mlp255')
 
 def debias_values(profile:str, dataset:str, distiller:str, debiaser:str, network:str)->dict:
