@@ -151,7 +151,7 @@ def test_experts_in_crowds(monkeypatch, tmp_path):
     assert len(list(tmp_path.glob('stages/experts*'))) == 2 and shots['weight'].shape[:2] == (3, e.run.expert_epochs+1)
     starts = shots['convs.0.weight'][:,0]; assert not torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[1])
 
-@pytest.mark.parametrize('distiller,bad,word', [('dsa', dict(lr_net=1e38), 'lr_net (1e+38)'), ('dc', dict(lr_net=1e38), 'lr_net (1e+38)'), ('mtt', dict(lr_lr=1e38), 'or lr_lr (1e+38)')])
+@pytest.mark.parametrize('distiller,bad,word', [('dsa', dict(lr_net=1e38), 'lr_net (1e+38)'), ('dc', dict(lr_net=1e38), 'lr_net (1e+38)'), ('mtt', dict(lr_lr=1e38, student_steps=1), 'or lr_lr (1e+38)')])
 def test_divergence_stops_and_keeps_the_last_good_state(distiller, bad, word, tmp_path):
     e = Experiment(Run.of(**RUN[distiller] | bad), out_dir=str(tmp_path), compare=False); e.kde(e.supcon())
     with pytest.raises(FloatingPointError) as stopped: e.distill()
