@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FULL', 'SCALES', 'SETS', 'UNBIASED', 'TABLE_METHODS', 'FACE_METHODS', 'AMPLIFIERS', 'COMPARED', 'WHOLE',
            'ARCHITECTURES', 'NEEDS', 'HEADLINE', 'LIKE', 'setting', 'cell_name', 'run_of', 'grid', 'of_dataset',
-           'cells', 'sweep', 'row_seconds', 'estimate', 'at_hand', 'keep']
+           'cells', 'sweep', 'row_seconds', 'estimate', 'at_hand', 'beside', 'keep']
 
 # %% ../nbs/13_sweep.ipynb #dd9ec7fb
 import functools, hashlib, itertools, json, statistics
@@ -13,7 +13,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from .datasets import unknown
 from .kde import WEIGHTINGS
-from .experiment import PROFILES, Run, ignored, read_row, write_atomic
+from .experiment import PROFILES, Run, ignored, read_row, twin, write_atomic
 
 # %% ../nbs/13_sweep.ipynb #ae2a0a33
 @functools.cache
@@ -124,6 +124,15 @@ def at_hand(folder, runs:list=None)->list:
     folder, settings = Path(folder), None if runs is None else {setting(r) for r in runs}
     if not folder.is_dir(): return []
     return [read_row(p) for p in sorted(folder.glob('*.json')) if settings is None or p.stem.rsplit('-', 1)[-1] in settings]
+
+# %% ../nbs/13_sweep.ipynb #7be2a416
+def beside(
+    run:Run,
+    others,   # runs that are wanted too
+)->list:      # of names of weightings
+    "What to `compare` in the job that makes `run`: those of the `others` that differ in the weighting alone and meet the same real images."
+    shares = lambda o: o.distiller=='dm' and not o.weighting.endswith('_draw')
+    return [o.weighting for o in others if o!=run and shares(run) and shares(o) and twin(run, o.weighting)==o]
 
 # %% ../nbs/13_sweep.ipynb #13843f03
 def keep(name:str, runs, rows)->Path:

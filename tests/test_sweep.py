@@ -2,6 +2,7 @@
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
+from bias_distill.experiment import Run
 from bias_distill.sweep import NEEDS, cell_name, cells, run_of
 from test_run import ROOT, environment
 
@@ -75,3 +76,13 @@ def test_a_row_once_a_kill_and_two_at_once(copy):
     assert 'LockException' in snakemake(*smoke, target, cwd=copy, ok=False) and p.poll() is None    # a second one does not make the row too
     os.killpg(p.pid, signal.SIGKILL); p.wait(); assert not row.exists()
     snakemake(*smoke, '--unlock', cwd=copy); snakemake(*smoke, target, cwd=copy); assert result(copy/'smoke') == done
+
+def test_rows_side_by_side(copy):
+    "Where rows are made one at a time, one job makes those that differ in the weighting alone; what others ask for, or is there, is not made."
+    say = lambda *a: sorted(l.split('-p compare ')[1].split()[0] for l in snakemake('-n','-p',*a, cwd=copy).splitlines() if '-p compare ' in l)
+    smoke, wanted = ('--workflow-profile','profiles/smoke','--resources','gpu=1'), [f'smoke/rows/{n}.json' for n in (cell_name(Run.of(profile='smoke', conflict=.05, ipc=1, weighting=w)) for w in ('uniform','kde'))]
+    assert say(*smoke, '--', *wanted) == ['kde','uniform'] and say(*smoke, '--', wanted[0]) == ['False']
+    assert say('--workflow-profile','profiles/smoke','--', *wanted) == ['False','False']                     # two at a time
+    snakemake(*smoke, '--', *wanted, cwd=copy); rows = [json.loads((copy/o).read_text()) for o in wanted]
+    assert [o['beside'] for o in rows] == [['kde'],['uniform']] and len(list((copy/'smoke/runs/stages').glob('supcon-*'))) == 1
+    (copy/wanted[0]).unlink(); assert say(*smoke, '--', *wanted) == ['False']
