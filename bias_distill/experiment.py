@@ -166,7 +166,7 @@ def profile_values(profile:str, dataset:str, ipc:int, weighting:str, distiller:s
     if profile=='laptop': v |= BY_DATASET.get(dataset, {})
     v |= own | data_settings(dataset) | (dict(rare=.05) if weighting=='kde_rare' else {}) | (dict(init='weighted') if draws else {})
     if weighting in FINDS_VARIANCE: v['variance'] = None
-    if (profile, distiller, dataset)==('laptop','mtt','corrupted_cifar10'): v['lr_img'] = 300.            # larger steps end in noise, on the validation split
+    if (profile, distiller, dataset)==('laptop','mtt','corrupted_cifar10'): v |= dict(lr_img=300., lr_lr=1e-5)   # larger steps end in noise, on the validation split; a student's rate that moves faster can fall to nothing
     if network in MLPS: v |= dict(eval_width=100) | (dict(eval_epochs=30) if distiller=='none' and profile!='smoke' else {})
     if debiaser!='none': v |= debias_values(profile, dataset, distiller, debiaser, network)
     if v['augment'] is None: v['augment'] = default_strategy(dataset, distiller)
