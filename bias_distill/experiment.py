@@ -168,6 +168,7 @@ def profile_values(profile:str, dataset:str, ipc:int, weighting:str, distiller:s
     if weighting in FINDS_VARIANCE: v['variance'] = None
     if (profile, distiller, dataset)==('laptop','mtt','corrupted_cifar10'): v |= dict(lr_img=300., lr_lr=1e-5)   # larger steps end in noise, on the validation split; a student's rate that moves faster can fall to nothing
     if network in MLPS: v |= dict(eval_width=100) | (dict(eval_epochs=30) if distiller=='none' and profile!='smoke' else {})
+    if (profile, network)==('laptop','lenet') and distiller!='none': v |= dict(eval_epochs=lambda ipc: max(75, min(1200, 3000//ipc)), eval_lr=.01)   # at the ConvNet's rate one in three never starts to learn
     if debiaser!='none': v |= debias_values(profile, dataset, distiller, debiaser, network)
     if v['augment'] is None: v['augment'] = default_strategy(dataset, distiller)
     return {k: o(ipc) if callable(o) else o for k,o in v.items()}
