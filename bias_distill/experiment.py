@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DISTILLERS', 'IDLE', 'DEBIASERS', 'SPLITS', 'INITS', 'DEBIAS_FIELDS', 'METHOD_FIELDS', 'DATA_FIELDS', 'PROFILES',
-           'ALWAYS', 'BY_DATASET', 'BY_DISTILLER', 'MLPS', 'POSITIVE', 'CHECKS', 'ENCODER', 'STAGE_FIELDS', 'CROWD',
-           'OTHER', 'random', 'none', 'Settings', 'Method', 'distiller_settings', 'Run', 'data_settings',
-           'debias_values', 'profile_values', 'complaint', 'disagreements', 'method_disagreements', 'uses', 'ignored',
-           'stage_key', 'run_key', 'write_atomic', 'digest', 'save_tensors', 'load_tensors', 'writable', 'bar', 'watch',
-           'provenance', 'compared', 'twin', 'Experiment', 'outline', 'read_row', 'total_steps', 'crowds',
-           'evaluation_networks', 'evaluate', 'held_out', 'debiased', 'device_name', 'arguments', 'command',
-           'write_figure', 'save_picture', 'plain_values', 'read_params']
+           'ALWAYS', 'BY_DATASET', 'BY_DISTILLER', 'BY_BOTH', 'BY_NETWORK', 'MLPS', 'POSITIVE', 'CHECKS', 'ENCODER',
+           'STAGE_FIELDS', 'CROWD', 'OTHER', 'random', 'none', 'Settings', 'Method', 'distiller_settings', 'Run',
+           'data_settings', 'debias_values', 'profile_values', 'complaint', 'disagreements', 'method_disagreements',
+           'uses', 'ignored', 'stage_key', 'run_key', 'write_atomic', 'digest', 'save_tensors', 'load_tensors',
+           'writable', 'bar', 'watch', 'provenance', 'compared', 'twin', 'Experiment', 'outline', 'read_row',
+           'total_steps', 'crowds', 'evaluation_networks', 'evaluate', 'held_out', 'debiased', 'device_name',
+           'arguments', 'command', 'write_figure', 'save_picture', 'plain_values', 'read_params']
 
 # %% ../nbs/11_experiment.ipynb #dca4548f
 import contextlib, hashlib, importlib, inspect, io, json, math, os, platform, subprocess, sys, tempfile, time, warnings
@@ -148,6 +148,8 @@ BY_DISTILLER = dict( # distiller -> profile -> values
     mtt=dict(smoke=dict(lr_img=100., experts=2, expert_epochs=3, epoch_steps=2, ahead=1, latest_start=2, student_steps=2, lr_net=.05, lr_lr=1e-4),
              laptop=dict(iterations=160, lr_img=3000., width=32, eval_width=128, experts=5, expert_epochs=16, epoch_steps=10, ahead=3, latest_start=8, student_steps=10, lr_net=.05, lr_lr=1e-4),
              paper=dict(iterations=5000, lr_img=1000., init='noise', experts=100, expert_epochs=50, epoch_steps=0, ahead=3, latest_start=25, student_steps=20, lr_net=.01, lr_lr=1e-5, eval_lr=None)))
+BY_BOTH = {('mtt','corrupted_cifar10'): dict(lr_img=300., lr_lr=1e-5)}   # laptop, by distiller and dataset: larger steps end in noise; a student's rate that moves faster can fall to nothing
+BY_NETWORK = dict(lenet=dict(eval_epochs=lambda ipc: max(75, min(1200, 3000//ipc)), eval_lr=.01))   # laptop, distilled sets: at the ConvNet's rate one in three never starts to learn
 
 # %% ../nbs/11_experiment.ipynb #95e9af65
 MLPS = ('mlp','mlp255')
@@ -166,9 +168,8 @@ def profile_values(profile:str, dataset:str, ipc:int, weighting:str, distiller:s
     if profile=='laptop': v |= BY_DATASET.get(dataset, {})
     v |= own | data_settings(dataset) | (dict(rare=.05) if weighting=='kde_rare' else {}) | (dict(init='weighted') if draws else {})
     if weighting in FINDS_VARIANCE: v['variance'] = None
-    if (profile, distiller, dataset)==('laptop','mtt','corrupted_cifar10'): v |= dict(lr_img=300., lr_lr=1e-5)   # larger steps end in noise, on the validation split; a student's rate that moves faster can fall to nothing
+    if profile=='laptop': v |= BY_BOTH.get((distiller, dataset), {}) | (BY_NETWORK.get(network, {}) if distiller!='none' else {})
     if network in MLPS: v |= dict(eval_width=100) | (dict(eval_epochs=30) if distiller=='none' and profile!='smoke' else {})
-    if (profile, network)==('laptop','lenet') and distiller!='none': v |= dict(eval_epochs=lambda ipc: max(75, min(1200, 3000//ipc)), eval_lr=.01)   # at the ConvNet's rate one in three never starts to learn
     if debiaser!='none': v |= debias_values(profile, dataset, distiller, debiaser, network)
     if v['augment'] is None: v['augment'] = default_strategy(dataset, distiller)
     return {k: o(ipc) if callable(o) else o for k,o in v.items()}
