@@ -40,7 +40,7 @@ def grid(**axes)->list: # of dicts
 
 FULL = dict(conflicts=(.01,.02,.05), ipcs=(1,10,50), ipc=10, debias_ipcs=(10,50), whole=(.005,.01,.02,.05),
             variances=(.01,.05,.2,1.), taus=(.5,1.,2.), encoder_taus=(.1,.5,1.), encoder_steps=(50,150,600))
-SCALES = dict(laptop=FULL, paper=FULL, smoke=dict(conflicts=(.05,), ipcs=(1,), ipc=1, debias_ipcs=(1,), whole=(.05,), variances=(.05,.2), taus=(1.,2.), encoder_taus=(.5,1.), encoder_steps=(5,10)))
+SCALES = dict(laptop=FULL, paper=FULL, smoke=dict(conflicts=(.05,), ipcs=(1,), ipc=1, debias_ipcs=(1,), whole=(.05,), variances=(.05,.2), taus=(1.,), encoder_taus=(.5,), encoder_steps=(5,10)))
 SETS = ('cmnist','bg_fmnist','corrupted_cifar10')
 UNBIASED = .9                                                   # of ten bias values, nine in ten differ from the class's own: the bias says nothing
 
