@@ -104,7 +104,7 @@ def sweep(names=None, **kwargs)->dict: # name of a cell -> its run
 
 # %% ../nbs/13_sweep.ipynb #99217089
 def row_seconds(row:dict)->float:
-    "Seconds that a row would take by itself."
+    "Seconds that a row took: of a distillation side by side, its share."
     return sum(v/(len(row.get('beside') or [])+1) if k=='distill' else v for k,v in row['seconds'].items())
 
 LIKE = (('dataset','conflict','ipc','distiller','weighting','debiaser','network','profile'), ('dataset','ipc','distiller','debiaser','network','profile'),
