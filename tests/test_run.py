@@ -1,13 +1,20 @@
 "The main job, as users start it; and what it promises: killed and resumed, twice at once, or again, the result is the same."
-import functools, json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 import pytest, torch
+from conftest import LIMIT
 from safetensors.torch import load_file
-from bias_distill import experiment
-from bias_distill.datasets import seeded
-from bias_distill.experiment import METHOD_FIELDS, Experiment, Run, run_key
-from bias_distill.networks import ConvNet, can_compile
-from bias_distill.training import predict, train
+from bias_distill.experiment import experiment
+from bias_distill.data.names import seeded
+from bias_distill.experiment.settings import FIELDS, SINGLE, complete, runs_of
+from bias_distill.experiment.tables import DISTILLERS, VIEWS
+from bias_distill.experiment.experiment import Experiment
+from bias_distill.experiment.naming import run_key
+from bias_distill.networks.convnet import ConvNet
+from bias_distill.networks.fast import can_compile
+from bias_distill.networks.testing import predict
+from bias_distill.networks.training import train
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ('seconds','memory_mb','peak_memory_mb','made')
@@ -17,7 +24,14 @@ RUN = dict(profile='smoke', ipc=2, iterations=30)
 def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
 
 def environment(): return {k: v for k,v in os.environ.items() if k not in ('IN_TEST','BIAS_DISTILL_DATA')}
-def finish(e): e.kde(e.supcon()); e.distill(save_every=0.); return e.evaluate()
+def job(run, compare=True, **where):
+    "What run.ipynb does with its parameters: a run, and its twins beside it."
+    return Experiment(runs_of(run, compare), **where)
+def finish(e):
+    e.look()
+    e.weigh()
+    e.distill(save_every=0.)
+    return e.judge()
 def rows(folder): return {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob('*.json'))}
 def results(folder):
     "Everything in a results folder that must not depend on when and how often it was made."
@@ -30,7 +44,7 @@ def state(folder): return {p.relative_to(folder): (p.read_bytes(), p.stat().st_m
 def papermill(out, *args):
     t = time.monotonic()
     p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(out)+'.ipynb','--no-progress-bar','-p','profile','smoke','-p','out_dir',str(out),*args],
-                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=170)
+                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     assert p.returncode == 0, p.stderr[-3000:]
     return time.monotonic()-t
 
@@ -61,7 +75,7 @@ def test_every_field_that_others_rely_on(run):
         assert r['peak_memory_mb'] == max(r['memory_mb'].values()) > 100
         assert isinstance(r['device'], str) and r['device'] and r['versions']['torch'] == torch.__version__.split('+')[0] and len(r['versions']) >= 5
         assert r['commit'] is None or len(r['commit'].removesuffix('+changes')) == 40
-        assert {f for f in Run.__dataclass_fields__ if r[f] is None} == {'backgrounds_per_class','size','second_conflict','rare','eval_width','network','debias_steps','debias_lr',*METHOD_FIELDS}    # not of this dataset, weighting or distiller
+        assert {f for f in FIELDS if r[f] is None} == {'backgrounds_per_class','size','second_conflict','rare','eval_width','network','debias_steps','debias_lr',*SINGLE}    # not of this dataset, weighting or distiller
         assert (r['severity'], r['second_bias'], r['uses_bias_labels']) == (4, 'none', False)
 
 def test_uniform_weights_are_blind(run):
@@ -73,7 +87,7 @@ def test_a_row_is_what_its_command_makes(run):
     for key,r in rows(run).items():
         words = r['command'].split(' -p ')
         assert words[0] == 'papermill nbs/run.ipynb out.ipynb'
-        assert run_key(Run.of(**{k: _resolve_type(v) for k,v in (w.split(' ') for w in words[1:])}), r['data']) == key
+        assert run_key(complete(**{k: _resolve_type(v) for k,v in (w.split(' ') for w in words[1:])}), r['data']) == key
 
 def test_images(run):
     for key in rows(run):
@@ -89,25 +103,22 @@ def test_the_same_command_again_touches_nothing(run):
 
 def test_the_same_again_computes_nothing(run, monkeypatch):
     before = state(run)
-    for name in ('train','save_tensors'): monkeypatch.setattr(experiment, name, None)
-    @functools.wraps(experiment.VIEWS['supcon'])
-    def blind(*args, **kw): raise AssertionError('looked again')
-    monkeypatch.setitem(experiment.VIEWS, 'supcon', blind)
-    @functools.wraps(experiment.DISTILLERS['dm'])
-    def no(*args, **kw): raise AssertionError('distilled again')
-    monkeypatch.setitem(experiment.DISTILLERS, 'dm', no)
-    t = time.monotonic(); e = Experiment(Run.of(profile='smoke', ipc=2), out_dir=str(run)); again = finish(e)
-    assert time.monotonic()-t < 5 and again == [rows(run)[r['key']] for r in again] and state(run) == before
+    def no(*args, **kw): raise AssertionError('computed again')
+    for name in ('evaluate','save_tensors'): monkeypatch.setattr(experiment, name, no)
+    monkeypatch.setitem(VIEWS, 'supcon', replace(VIEWS['supcon'], see=no))
+    monkeypatch.setitem(DISTILLERS, 'dm', replace(DISTILLERS['dm'], steps=no))
+    again = finish(job(complete(profile='smoke', ipc=2), out_dir=str(run)))
+    assert again == [rows(run)[r['key']] for r in again] and state(run) == before
 
 # -- (b) killed with SIGKILL, somewhere
 
 SCRIPT = '''
 import json, os, sys, time
-from bias_distill import experiment
+from bias_distill.experiment import experiment
 out, given, (where, at) = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 
 def here():
-    print('HERE', flush=True); time.sleep(300)
+    print('HERE', flush=True); time.sleep(3600)
 if where=='go': print('READY', flush=True); sys.stdin.readline()     # all begin together
 elif where=='replace':                                               # in the middle of a write: the temporary file is there, the file is not
     real, n = os.replace, 0
@@ -128,9 +139,10 @@ else:                                                                # at that s
         b.update = counted; return b
     experiment.bar = bar
 
-e = experiment.Experiment(experiment.Run.of(**given), out_dir=out)
-e.kde(e.supcon()); e.distill(save_every=0.)
-print('ROWS', json.dumps(e.evaluate()), flush=True)
+from bias_distill.experiment.settings import complete, runs_of
+e = experiment.Experiment(runs_of(complete(**given)), out_dir=out)
+e.look(); e.weigh(); e.distill(save_every=0.)
+print('ROWS', json.dumps(e.judge()), flush=True)
 '''
 
 def begin(out, where, at=0):
@@ -155,7 +167,7 @@ def undisturbed(tmp_path_factory):
     out = tmp_path_factory.mktemp('undisturbed')
     with pytest.MonkeyPatch.context() as m:
         m.delenv('BIAS_DISTILL_DATA', raising=False)
-        finish(Experiment(Run.of(**RUN), out_dir=str(out)))
+        finish(job(complete(**RUN), out_dir=str(out)))
     return out
 
 @pytest.fixture(scope='module')
@@ -164,7 +176,7 @@ def killed(tmp_path_factory):
     out = {k: tmp_path_factory.mktemp(f'killed_{k}') for k in KILLS}
     begun = {k: begin(out[k], *KILLS[k][:2]) for k in KILLS}
     try:
-        end = time.monotonic()+120
+        end = time.monotonic()+LIMIT
         while not list(out['polled'].glob('stages/distill-*')):
             assert time.monotonic() < end and begun['polled'].poll() is None
             time.sleep(.01)
@@ -184,7 +196,7 @@ def test_killed_and_resumed_is_the_same(where, killed, undisturbed):
     if where == 'twins': assert sum(n.startswith('distill-') for n in left) == 1 and any(n.startswith('.distill-') for n in left)
     assert len(rows(out)) == (where=='evaluate')
     first = state(out)
-    finish(Experiment(Run.of(**RUN), out_dir=str(out)))
+    finish(job(complete(**RUN), out_dir=str(out)))
     assert results(out) == results(undisturbed)
     names = lambda o: {str(p.relative_to(o)) for p in o.rglob('*') if p.is_file() and not p.name.startswith('.')}
     assert names(out) == names(undisturbed)
@@ -202,7 +214,7 @@ def test_two_at_once(tmp_path, undisturbed):
     try:
         for p in both: wait_for(p, 'READY')
         for p in both: p.stdin.write('\n'); p.stdin.flush()
-        outs = [p.communicate(timeout=150)[0] for p in both]
+        outs = [p.communicate(timeout=LIMIT)[0] for p in both]
     finally:
         for p in both: p.kill()
     assert [p.returncode for p in both] == [0, 0]
@@ -215,13 +227,13 @@ def test_two_at_once(tmp_path, undisturbed):
 # -- (e) the seed says it all
 
 def test_seed(undisturbed, tmp_path):
-    others = finish(Experiment(Run.of(**RUN, seed=1), out_dir=str(tmp_path/'1')))
+    others = finish(job(complete(**RUN, seed=1), out_dir=str(tmp_path/'1')))
     of = {r['weighting']: r for r in rows(undisturbed).values()}
     for r in others:
         assert r['key'] != of[r['weighting']]['key'] and r['loss'] != of[r['weighting']]['loss']
         a, b = (load_file(o/f"{k}.safetensors")['x'] for o,k in ((tmp_path/'1', r['key']), (undisturbed, of[r['weighting']]['key'])))
         assert (a-b).abs().mean() > .01
-    finish(Experiment(Run.of(**RUN), out_dir=str(tmp_path/'0')))
+    finish(job(complete(**RUN), out_dir=str(tmp_path/'0')))
     assert results(tmp_path/'0') == results(undisturbed)
 
 def test_weights_change_the_result(undisturbed):
@@ -244,7 +256,7 @@ def test_compiled_training_agrees_with_eager():
 def test_benchmark_runs(tmp_path):
     args = [f'-p {k} {v}'.split() for k,v in dict(width=8, batch_real=8, ipc=2, repeats=2, out_dir=tmp_path).items()]
     p = subprocess.run([sys.executable,'-m','papermill','paper_figures/benchmark.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum(args, [])],
-                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=170)
+                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     assert p.returncode == 0, p.stderr[-3000:]
     row = json.loads((tmp_path/'benchmark.json').read_text())
     assert row['ratio'] > 0 and row['cosine'] > .95 and set(row['seconds']) == {'plain','fast'}

@@ -1,15 +1,16 @@
 "The workflow in paper_figures/: pages from rows alone; a row once, and again only where it is gone; a kill changes nothing."
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
-from bias_distill.experiment import Run
-from bias_distill.sweep import NEEDS, cell_name, cells, run_of
+from conftest import LIMIT
+from bias_distill.experiment.settings import complete
+from bias_distill.results.sweep import NEEDS, cell_name, cells, run_of
 from test_run import ROOT, environment
 
 TIMES = ('seconds','memory_mb','peak_memory_mb','made','commit')
 
 def papermill(notebook, out, *args, cwd):
-    return subprocess.run([sys.executable,'-m','papermill',str(notebook),str(out),'--no-progress-bar',*args], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=170)
+    return subprocess.run([sys.executable,'-m','papermill',str(notebook),str(out),'--no-progress-bar',*args], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=LIMIT)
 
 @pytest.mark.parametrize('name', ['table_weightings','table_debias_after','table_claims'])
 def test_pages_are_made_from_rows_alone(name, tmp_path):
@@ -42,7 +43,7 @@ def copy(tmp_path):
 
 def snakemake(*args, cwd, ok=True):
     env = environment() | dict(XDG_CACHE_HOME=str(cwd.parent/'cache'))
-    p = subprocess.run([sys.executable,'-m','snakemake',*args], cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
+    p = subprocess.run([sys.executable,'-m','snakemake',*args], cwd=cwd, env=env, capture_output=True, text=True, timeout=LIMIT)
     assert not ok or p.returncode == 0, (p.stdout+p.stderr)[-3000:]
     return p.stdout+p.stderr
 
@@ -71,7 +72,7 @@ def test_a_row_once_a_kill_and_two_at_once(copy):
     row, = (copy/'smoke/rows').glob('*.json'); row.unlink(); shutil.rmtree(copy/'smoke/runs')
     assert jobs(snakemake('-n', *smoke, target, cwd=copy)) == {'row': 1, f'page_{target}': 1, target: 1}
     p = subprocess.Popen([sys.executable,'-m','snakemake',*smoke,target], cwd=copy, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    until = time.monotonic()+60
+    until = time.monotonic()+LIMIT
     while not list((copy/'smoke/runs').glob('*.log')) and time.monotonic() < until: time.sleep(.1)
     assert 'LockException' in snakemake(*smoke, target, cwd=copy, ok=False) and p.poll() is None    # a second one does not make the row too
     os.killpg(p.pid, signal.SIGKILL); p.wait(); assert not row.exists()
@@ -80,9 +81,27 @@ def test_a_row_once_a_kill_and_two_at_once(copy):
 def test_rows_side_by_side(copy):
     "Where rows are made one at a time, one job makes those that differ in the weighting alone; what others ask for, or is there, is not made."
     say = lambda *a: sorted(l.split('-p compare ')[1].split()[0] for l in snakemake('-n','-p',*a, cwd=copy).splitlines() if '-p compare ' in l)
-    smoke, wanted = ('--workflow-profile','profiles/smoke','--resources','gpu=1'), [f'smoke/rows/{n}.json' for n in (cell_name(Run.of(profile='smoke', conflict=.05, ipc=1, weighting=w)) for w in ('uniform','kde'))]
+    smoke, wanted = ('--workflow-profile','profiles/smoke','--resources','gpu=1'), [f'smoke/rows/{n}.json' for n in (cell_name(complete(profile='smoke', conflict=.05, ipc=1, weighting=w)) for w in ('uniform','kde'))]
     assert say(*smoke, '--', wanted[0]) == ['False']
     assert say('--workflow-profile','profiles/smoke','--', *wanted) == ['False','False']                     # two at a time
     snakemake(*smoke, '--', *wanted, cwd=copy); rows = [json.loads((copy/o).read_text()) for o in wanted]
     assert [o['beside'] for o in rows] == [['kde'],['uniform']] and len(list((copy/'smoke/runs/stages').glob('supcon-*'))) == 1
     (copy/wanted[0]).unlink(); assert say(*smoke, '--', *wanted) == ['False']
+
+HONEST = ["Bob's data", '{a}', 'a $b `c` "d"', "/x'$(touch pwned)'y", 'a;b|c & d']
+
+@pytest.mark.parametrize('where', HONEST)
+def test_text_from_config_reaches_papermill_as_it_is(where, copy):
+    "No shell reads it: what a shell would make of the printed line is the path itself."
+    row = f"smoke/rows/{cell_name(complete(profile='smoke', conflict=.05, ipc=1))}.json"
+    text = snakemake('-n','-p','--workflow-profile','profiles/smoke','--config',f'data_dir={where}','--', row, cwd=copy)
+    line = next(l for l in text.splitlines() if 'papermill' in l)
+    words = shlex.split(line)
+    assert words[words.index('data_dir')+1] == where and not list(copy.parent.rglob('pwned'))
+
+@pytest.mark.parametrize('config, says', [
+    ('datasets=utkfac,$(touch pwned)', 'utkfac'), ('datasets=cmnst', "did you mean 'cmnist'"), ('seeds=-1', "'-1'"), ('seeds=abc', "'abc'"),
+    ('at_hand=2', "'2'"), ('row_threads=0', "'0'"), ('profile=fast', 'smoke, laptop, paper')])
+def test_a_wrong_config_is_refused_before_anything_is_made(config, says, copy):
+    text = snakemake('-n','--config',config, cwd=copy, ok=False)
+    assert says in text and not list(copy.parent.rglob('pwned')) and 'Job stats' not in text
