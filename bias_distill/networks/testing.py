@@ -59,7 +59,7 @@ def by_group(
     split:Split, # the test set
     kinds=None,  # of str, what each bias is, where there are several
 )->dict:         # of lists, one number a member, percent; None where there are no bias labels
-    "Accuracy on all, on aligned, on conflicting images, and of the worst group; of several biases also by pattern, `groups`."
+    "Accuracy on all, on aligned, on conflicting images, and of the worst group; of several biases also `groups`."
     hits = (pred==split.y).double()*100
     r = dict(accuracy=hits.mean(1).tolist(), aligned=None, conflicting=None, worst_group=None)
     if split.b is None: return r
@@ -111,8 +111,7 @@ class Best:
         check_training_set(x, y)
         check_positive(every=every)
         self.x, self.y, self.every, self.compile = x, y, every, compile
-        self.states = {}                     # step -> state_dict
-        self.at, self.accuracy = None, None  # (members,) best step, percent there
+        self.states, self.at, self.accuracy = {}, None, None  # step -> state; (members,) best step, percent there
 
     def __call__(self,
         t:int, # step, from 1
@@ -124,8 +123,7 @@ class Best:
         if self.at is None: self.at, self.accuracy = torch.zeros(len(a), dtype=torch.long), torch.full_like(a, -1)
         better = a > self.accuracy
         self.at[better], self.accuracy = t, self.accuracy.maximum(a)
-        if better.any(): self.states[t] = copied_state(net)
-        self.states = {k: s for k,s in self.states.items() if k in self.at}
+        self.states = {k: s for k,s in (self.states | {t: copied_state(net)}).items() if k in self.at}
 
     def predict(self,
         net,      # the network that was looked at; left as it is
@@ -139,7 +137,7 @@ def plot_groups(
     rows:dict,  # name -> what `by_group` returned
     ax=None,    # matplotlib axes; default: new ones
 ):              # the axes
-    "Bars for all, aligned and conflicting test images, one group of bars a name; black lines span a standard deviation."
+    "Bars for all, aligned and conflicting test images, for every name; black lines show one standard deviation."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(1.8+1.3*len(rows), 2.6))[1]
     kinds = [k for k in ('accuracy','aligned','conflicting') if all(r.get(k) for r in rows.values())]
