@@ -111,7 +111,7 @@ def contrast_view(
     progress=None,      # called with the number of steps done and the network
     *,
     seed:int,           # names all random streams
-)->Tensor:              # (n, 128) unit embeddings; of a crowd, (members, n, 128)
+)->Tensor:              # (n, 128) unit embeddings; of several members, (members, n, 128)
     "How SelecMix's auxiliary network sees every image: same labels crowded, rare ones apart."
     check_training_set(x, y)
     check_positive(steps=steps, lr=lr, big=big)
@@ -140,7 +140,7 @@ def mini_batches(
 
 # %% ../../nbs/debias/01_selecmix.ipynb #b38fb51b
 def selecmix(
-    new,                # function from a number of outputs to a new network or crowd, on the device of x
+    new,                # function from a number of outputs to a new network, or several members, on the device of x
     x:Tensor,           # (n, 3, h, w) images, uint8 or 0 to 1
     y:Tensor,           # (n,) labels
     classes:int,        # number of classes

@@ -38,7 +38,7 @@ def weighted_batches(
 
 # %% ../../nbs/distill/04_mtt.ipynb #d54f1e2b
 def snapshot(
-    net:ConvNet,  # one network or a crowd
+    net:ConvNet,  # one network, or several members
 )->dict:          # name -> (members, ...), copies
     "Parameters of each member, on the CPU."
     return {k: v.detach().unflatten(0, (net.members,-1)).cpu().clone() for k,v in net.named_parameters()}

@@ -40,7 +40,7 @@ def check_together(
         raise ValueError(f"{k} is {' and '.join(map(repr, values))}: runs of one experiment share it")
     return runs
 
-# %% ../../nbs/experiment/08_experiment.ipynb #5bc66489
+# %% ../../nbs/experiment/08_experiment.ipynb #1c7aa168
 CROWD = 5 # experts that are trained side by side
 
 def stages(
@@ -51,6 +51,7 @@ def stages(
     crowds = [f'experts{k}' for k in range(0, run.experts, CROWD)] if method.experts else []
     return [way.view]*bool(way.view) + crowds + ['distill']
 
+# %% ../../nbs/experiment/08_experiment.ipynb #b2e09687
 class Experiment:
     "Runs that share a dataset, carried out stage by stage in a folder."
     def __init__(self,
@@ -70,30 +71,34 @@ class Experiment:
         self.store = Store(self.out, self.data.fingerprint, f'{self.device.type} {kind}')
         for r in self.runs: self.store.check(r, stages(r))
 
-    def _load(self, data_dir):
-        r, device = self.run, self.device
-        own = {k: getattr(r, k) for k in DATASETS[r.dataset].settings}
-        self.data = load(r.dataset, r.conflict, r.seed, data_dir, r.split, **own)
-        self.classes = len(self.data.classes)
-        def moved(s): return Split(*(None if t is None else t.to(device) for t in (s.x, s.y, s.b)))
-        self.train, self.test = moved(self.data.train), moved(self.data.test)
-        small = self.data.train.y.bincount(minlength=self.classes).min()
-        for r in self.runs:
-            if r.ipc <= small: continue
-            raise ValueError(f'ipc={r.ipc}: the smallest class of {self.data.source} has {small} images; '
-                             'expected at most that')
-
-    def done(self,
-        run, # one of `runs`
-    )->bool:
-        "Are its results there?"
-        return self.store.done(run)
-
     def __repr__(self):
         lines = [self.store.key(r)+' (done)'*self.done(r) for r in self.runs]
         return '\n'.join([repr(self.data)]+lines)
 
-# %% ../../nbs/experiment/08_experiment.ipynb #859c3943
+@patch
+def done(self:Experiment,
+    run, # one of `runs`
+)->bool:
+    "Are its results there?"
+    return self.store.done(run)
+
+# %% ../../nbs/experiment/08_experiment.ipynb #0c89486f
+@patch
+def _load(self:Experiment, data_dir):
+    "Load the dataset that the runs share."
+    r, device = self.run, self.device
+    own = {k: getattr(r, k) for k in DATASETS[r.dataset].settings}
+    self.data = load(r.dataset, r.conflict, r.seed, data_dir, r.split, **own)
+    self.classes = len(self.data.classes)
+    def moved(s): return Split(*(None if t is None else t.to(device) for t in (s.x, s.y, s.b)))
+    self.train, self.test = moved(self.data.train), moved(self.data.test)
+    small = self.data.train.y.bincount(minlength=self.classes).min()
+    for r in self.runs:
+        if r.ipc <= small: continue
+        raise ValueError(f'ipc={r.ipc}: the smallest class of {self.data.source} has {small} images; '
+                         'expected at most that')
+
+# %% ../../nbs/experiment/08_experiment.ipynb #15460dd6
 @patch
 def stored(self:Experiment,
     run,         # whose stage it is
@@ -109,6 +114,7 @@ def stored(self:Experiment,
     tensors, meta = load_tensors(path)
     return {k: t.to(device or self.device) for k,t in tensors.items()}, (meta['seconds'], meta['memory'])
 
+# %% ../../nbs/experiment/08_experiment.ipynb #b76d3549
 @patch
 def look(self:Experiment)->dict: # run -> (n, d) embedding, (n,) numbers, or None
     "What each run's weighting looks at, of every training image."
@@ -167,7 +173,7 @@ def side_by_side(
         groups.setdefault(twins[0] if twins else (alike, len(groups)), []).append(r)
     return list(groups.values())
 
-# %% ../../nbs/experiment/08_experiment.ipynb #d8659302
+# %% ../../nbs/experiment/08_experiment.ipynb #04d1e691
 @patch
 def _state(self:Experiment, run)->dict:
     "The state of a run's distillation: kept, or fresh."
@@ -181,6 +187,7 @@ def _state(self:Experiment, run)->dict:
     state = dict(t=meta['t'], x={name: t['x']}, v={name: t['v']}, loss={name: meta['loss']})
     return state | {k: meta[k] for k in ('seconds','memory','experts')} | (dict(own={name: own}) if own else {})
 
+# %% ../../nbs/experiment/08_experiment.ipynb #5b55dfad
 @patch
 def _keep(self:Experiment, run, state):
     "Keep the state of a run's distillation."
@@ -209,7 +216,7 @@ def apart(
     "The part of a joint state that belongs to one weighting."
     return dict(t=joint['t']) | {k: {name: joint[k][name]} for k in BY_NAME if name in joint.get(k, {})}
 
-# %% ../../nbs/experiment/08_experiment.ipynb #eaace30d
+# %% ../../nbs/experiment/08_experiment.ipynb #350ef314
 @patch
 def _experts(self:Experiment, run)->tuple: # {parameter: (experts, snapshots, ...)} on the CPU; (seconds, MB)
     "Trajectories of the networks that a run follows."
@@ -223,6 +230,7 @@ def _experts(self:Experiment, run)->tuple: # {parameter: (experts, snapshots, ..
     parts, costs = zip(*(self.stored(run, f'experts{k}', lambda k=k: compute(k), 'cpu') for k in firsts))
     return {k: torch.cat([o[k] for o in parts]) for k in parts[0]}, (sum(s for s,_ in costs), max(m for _,m in costs))
 
+# %% ../../nbs/experiment/08_experiment.ipynb #1a25cc14
 @patch
 def _steps(self:Experiment, runs, joint, states):
     "The generator that distils `runs` side by side."
@@ -235,7 +243,7 @@ def _steps(self:Experiment, runs, joint, states):
     return method.steps(self.train, weightings, joint, r.iterations, r.lr_img, r.batch_real, r.width, r.augment,
                         self.classes, seed=r.seed, compile=self.compile, **more)
 
-# %% ../../nbs/experiment/08_experiment.ipynb #1042efa2
+# %% ../../nbs/experiment/08_experiment.ipynb #c314aaf2
 @patch
 def _together(self:Experiment, runs, states, save_every):
     "Distil runs that stand at the same step, side by side."
@@ -263,6 +271,7 @@ def _together(self:Experiment, runs, states, save_every):
                 last = time.monotonic()
     keep()
 
+# %% ../../nbs/experiment/08_experiment.ipynb #4cc4ee9d
 @patch
 def distill(self:Experiment,
     save_every:float=20., # seconds between two states that are kept
@@ -276,7 +285,7 @@ def distill(self:Experiment,
     self.synthetic = {r: s['x'][self.weightings[r].name] for r,s in self.states.items()}
     return self.synthetic
 
-# %% ../../nbs/experiment/08_experiment.ipynb #9e385209
+# %% ../../nbs/experiment/08_experiment.ipynb #877af2b5
 def save_picture(
     path,       # of a PNG file
     syn,        # (classes, ipc, 3, h, w) images, 0 to 1
@@ -293,6 +302,7 @@ def save_picture(
     write_figure(path, fig)
     plt.close(fig)
 
+# %% ../../nbs/experiment/08_experiment.ipynb #b66e3c84
 @patch
 def _costs(self:Experiment, run, evaluated:tuple)->dict:
     "stage -> (seconds, MB) of all that a run's row rests on."
@@ -301,7 +311,7 @@ def _costs(self:Experiment, run, evaluated:tuple)->dict:
     if state['experts']: before['experts'] = state['experts']
     return before | dict(distill=(state['seconds'], state['memory']), evaluate=evaluated)
 
-# %% ../../nbs/experiment/08_experiment.ipynb #c3721a92
+# %% ../../nbs/experiment/08_experiment.ipynb #39819dc3
 @patch
 def _row(self:Experiment, run, result:dict, costs:dict)->dict:
     "A run's row."
@@ -318,13 +328,14 @@ def _row(self:Experiment, run, result:dict, costs:dict)->dict:
         peak_memory_mb=max(memory.values()), device=device_name(self.device),
         made=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())) | provenance() | dict(command=command(run))
 
+# %% ../../nbs/experiment/08_experiment.ipynb #60521152
 @patch
 def _images(self:Experiment, run)->tuple: # (n, 3, h, w), (n,)
     "What a run's networks are trained on."
     if run not in self.synthetic: return self.train.x, self.train.y
     return self.synthetic[run].flatten(0,1), torch.arange(self.classes, device=self.device).repeat_interleave(run.ipc)
 
-# %% ../../nbs/experiment/08_experiment.ipynb #0131a752
+# %% ../../nbs/experiment/08_experiment.ipynb #1cd9314f
 @patch
 def _judge(self:Experiment, run)->dict:
     "Judge one run; write its images, their picture, and last its row."
@@ -342,6 +353,7 @@ def _judge(self:Experiment, run)->dict:
     write_atomic(self.store.file(run, 'json'), json.dumps(row, indent=1).encode())
     return row
 
+# %% ../../nbs/experiment/08_experiment.ipynb #f33682be
 @patch
 def judge(self:Experiment)->list: # of rows, in the order of the runs
     "Train networks on each set, test them, and write rows, images and pictures."

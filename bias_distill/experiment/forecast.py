@@ -14,7 +14,7 @@ from .tables import DEBIASERS, DISTILLERS, NETWORKS, WEIGHTINGS
 from ..networks.convnet import ConvNet
 from ..networks.fast import fast_dtype
 
-# %% ../../nbs/experiment/09_forecast.ipynb #2c6ad7ef
+# %% ../../nbs/experiment/09_forecast.ipynb #1ba8ae00
 def dm_passes(
     e:Experiment, # whose images pass
     r,           # a run of the group
@@ -34,6 +34,7 @@ def matching_passes(
     real, syn = e.classes*r.batch_real, e.classes*r.ipc
     return n*total_steps(r)*3*(r.inner_epochs or 0)*syn, n*total_steps(r)*(3*real + 9*syn)
 
+# %% ../../nbs/experiment/09_forecast.ipynb #d265516d
 def trajectory_passes(
     e:Experiment, # whose images pass
     r,           # a run of the group
@@ -55,7 +56,7 @@ def no_passes(
 
 PASSES = dict(dm=dm_passes, mtt=trajectory_passes, random=no_passes, none=no_passes)
 
-# %% ../../nbs/experiment/09_forecast.ipynb #8fbc9991
+# %% ../../nbs/experiment/09_forecast.ipynb #b49e1717
 @patch
 def _time(self:Experiment, width, n=64)->float:
     "Seconds that an image takes forwards through an eager ConvNet, timed."
@@ -74,6 +75,7 @@ def _judging(self:Experiment, r)->float:
     wide = (r.eval_width or r.width)/r.width*(.02 if NETWORKS[r.network or 'convnet'].mlp else 1)
     return wide*r.eval_networks*(3*taken+len(self.test))
 
+# %% ../../nbs/experiment/09_forecast.ipynb #14ad8a2f
 @patch
 def estimate(self:Experiment)->float: # seconds
     "About how long the stages still to do will take."
@@ -87,6 +89,7 @@ def estimate(self:Experiment)->float: # seconds
         total += fast*a + exact*b + fast*sum(self._judging(o) for o in group)
     return total+(45 if todo and not small else 5)
 
+# %% ../../nbs/experiment/09_forecast.ipynb #50ac5a8a
 def outline(
     run,         # complete
     classes:int, # number of classes

@@ -9,7 +9,7 @@ __all__ = ['OTHER', 'SHELL', 'PLAIN', 'plain_values', 'attempt', 'read_params']
 from ..data.names import unknown
 from .settings import FIELDS, compared, complete, runs_of
 
-# %% ../../nbs/experiment/03_params.ipynb #a59f8b90
+# %% ../../nbs/experiment/03_params.ipynb #b81b6b44
 OTHER = dict(compare=(bool,str), data_dir=str, out_dir=str) # beside the run's: twins, where data lies, where results go
 SHELL = {'In','Out','get_ipython','exit','quit','open','PAPERMILL_INPUT_PATH','PAPERMILL_OUTPUT_PATH'}
 PLAIN = (bool, int, float, str, list, tuple, dict)
@@ -28,6 +28,7 @@ def attempt(
     try: return f(), []
     except ValueError as e: return None, [str(e)]
 
+# %% ../../nbs/experiment/03_params.ipynb #3041e685
 def read_params(
     names:dict, # a notebook's `globals()`
 )->dict:        # runs, data_dir, out_dir: arguments of `Experiment`

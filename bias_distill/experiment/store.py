@@ -6,10 +6,11 @@
 __all__ = ['write_atomic', 'digest', 'save_tensors', 'load_tensors', 'read_row', 'write_figure', 'check_apart', 'writable',
            'Store']
 
-# %% ../../nbs/experiment/05_store.ipynb #3662c800
+# %% ../../nbs/experiment/05_store.ipynb #496f4244
 import contextlib, hashlib, io, json, os, tempfile
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save
 from ..data.files import resolve
@@ -36,7 +37,7 @@ def write_atomic(
         with contextlib.suppress(OSError): os.unlink(part)
         raise
 
-# %% ../../nbs/experiment/05_store.ipynb #534604e1
+# %% ../../nbs/experiment/05_store.ipynb #e7a22b54
 def digest(
     tensors:dict, # on the CPU
     meta:dict,    # of JSON values
@@ -59,6 +60,7 @@ def save_tensors(
     text = json.dumps(meta | dict(digest=digest(tensors, meta)))
     write_atomic(path, save(tensors, dict(bias_distill=text)))   # one entry: the order of several is not fixed
 
+# %% ../../nbs/experiment/05_store.ipynb #6fb1146a
 def load_tensors(
     path,     # that `save_tensors` wrote
 )->tuple:     # dict of tensors, dict of JSON values
@@ -127,7 +129,7 @@ def writable(
         raise ValueError(f"out_dir={str(folder)!r} can't be written to ({why}): name a folder that can") from e
     return folder
 
-# %% ../../nbs/experiment/05_store.ipynb #dd4a2a94
+# %% ../../nbs/experiment/05_store.ipynb #fc797daf
 class Store:
     "The results and stages of runs on one dataset, in one folder."
     def __init__(self,
@@ -155,29 +157,33 @@ class Store:
         kind:str, # 'json' (its row), 'safetensors' (its images), 'png' (their picture)
     )->Path:
         "A file of a finished run."
-        return self.folder/f'{self.key(run)}.{kind}'
+        return self.folder/f"{self.key(run)}.{kind}"
 
-    def done(self,
-        run, # complete
-    )->bool:
-        "Are its row, its images and their picture there?"
-        kinds = ('json',) if DISTILLERS[run.distiller].whole else ('json','safetensors','png')
-        return all(self.file(run, k).exists() for k in kinds)
+# %% ../../nbs/experiment/05_store.ipynb #fbd25234
+@patch
+def done(self:Store,
+    run, # complete
+)->bool:
+    "Are its row, its images and their picture there?"
+    kinds = ('json',) if DISTILLERS[run.distiller].whole else ('json','safetensors','png')
+    return all(self.file(run, k).exists() for k in kinds)
 
-    def row(self,
-        run, # complete
-    )->dict:
-        "Its row. A ValueError for a file that is none, or another run's."
-        path = self.file(run, 'json')
-        row = read_row(path)
-        if row.get('key') == path.stem: return row
-        raise ValueError(f"{path} is the row of {row.get('key')}: delete that file and start again")
+@patch
+def row(self:Store,
+    run, # complete
+)->dict:
+    "Its row. A ValueError for a file that is none, or another run's."
+    path = self.file(run, 'json')
+    found = read_row(path)
+    if found.get('key') == path.stem: return found
+    raise ValueError(f"{path} is the row of {found.get('key')}: delete that file and start again")
 
-    def check(self,
-        run,    # complete
-        stages, # names of its stages
-    ):
-        "Read whatever is there of a run, so that damage is met before any work."
-        for path in [self.stage(run, o) for o in stages] + [self.file(run, 'safetensors')]:
-            if path.exists(): load_tensors(path)
-        if self.file(run, 'json').exists(): self.row(run)
+@patch
+def check(self:Store,
+    run,    # complete
+    stages, # names of its stages
+):
+    "Read whatever is there of a run, so that damage is met before any work."
+    for path in [self.stage(run, o) for o in stages] + [self.file(run, 'safetensors')]:
+        if path.exists(): load_tensors(path)
+    if self.file(run, 'json').exists(): self.row(run)

@@ -98,7 +98,8 @@ def warp(
 )->Tensor:        # (n, c, h, w)
     "Affine warp, bilinear, zeros outside, align_corners=False."
     grid = F.affine_grid(theta, (len(theta), *x.shape[1:]), align_corners=False).expand(len(x), -1, -1, -1)
-    return F.grid_sample(x.to(theta.dtype), grid, mode='bilinear', padding_mode='zeros', align_corners=False).to(x.dtype)
+    out = F.grid_sample(x.to(theta.dtype), grid, mode='bilinear', padding_mode='zeros', align_corners=False)
+    return out.to(x.dtype)
 
 # %% ../../nbs/networks/06_augment.ipynb #6f6fc111
 def scale(
