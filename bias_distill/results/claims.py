@@ -45,7 +45,7 @@ def judge(
     holding, missing = sum(known), len(cells)-len(known)
     text = f'{holding} of {len(known)} cells' + (f', {missing} not run' if missing else '')
     word = 'agrees' if holding==len(known) else 'in part' if 2*holding > len(known) else 'no'
-    return [text, ('–' if not known else word) + ' so far'*(missing > 0)]
+    return [text, '–' if not known else word + ' so far'*(missing > 0)]
 
 def known(
     holds,    # of bool: does it hold there?
