@@ -177,7 +177,7 @@ def test_papermill(distiller, tmp_path):
     assert len(results(tmp_path/'runs')[0]) == 2 and distiller.upper()+' + KDE' in (tmp_path/'out.ipynb').read_text()
 
 def test_benchmark_runs(tmp_path):
-    args = [f'-p {k} {v}'.split() for k,v in dict(width=8, batch_real=16, ipc=2, inner_epochs=2, repeats=2, out_dir=tmp_path).items()]
+    args = [f'-p {k} {v}'.split() for k,v in dict(width=8, batch_real=16, ipc=2, inner_epochs=1, repeats=1, out_dir=tmp_path).items()]
     p = subprocess.run([sys.executable,'-m','papermill','paper_figures/benchmark_dsa.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum(args, [])],
                        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     assert p.returncode == 0, p.stderr[-3000:]

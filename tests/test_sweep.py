@@ -44,7 +44,7 @@ def copy(tmp_path):
 def snakemake(*args, cwd, ok=True):
     env = environment() | dict(XDG_CACHE_HOME=str(cwd.parent/'cache'))
     p = subprocess.run([sys.executable,'-m','snakemake',*args], cwd=cwd, env=env, capture_output=True, text=True, timeout=LIMIT)
-    assert not ok or p.returncode == 0, (p.stdout+p.stderr)[-3000:]
+    assert ok == (p.returncode == 0), (p.stdout+p.stderr)[-3000:]
     return p.stdout+p.stderr
 
 def jobs(text):
@@ -73,9 +73,14 @@ def test_a_row_once_a_kill_and_two_at_once(copy):
     assert jobs(snakemake('-n', *smoke, target, cwd=copy)) == {'row': 1, f'page_{target}': 1, target: 1}
     p = subprocess.Popen([sys.executable,'-m','snakemake',*smoke,target], cwd=copy, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     until = time.monotonic()+LIMIT
-    while not list((copy/'smoke/runs').glob('*.log')) and time.monotonic() < until: time.sleep(.1)
-    assert 'LockException' in snakemake(*smoke, target, cwd=copy, ok=False) and p.poll() is None    # a second one does not make the row too
-    os.killpg(p.pid, signal.SIGKILL); p.wait(); assert not row.exists()
+    while not list((copy/'smoke/runs').glob('*.log')):
+        assert p.poll() is None and time.monotonic() < until
+        time.sleep(.1)
+    os.killpg(p.pid, signal.SIGSTOP)                                       # so that it still holds the lock, however slow the second one is
+    second = snakemake(*smoke, target, cwd=copy, ok=False)
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
+    assert 'LockException' in second and not row.exists()                  # the second one does not make the row too
     snakemake(*smoke, '--unlock', cwd=copy); snakemake(*smoke, target, cwd=copy); assert result(copy/'smoke') == done
 
 def test_rows_side_by_side(copy):
@@ -104,4 +109,12 @@ def test_text_from_config_reaches_papermill_as_it_is(where, copy):
     ('at_hand=2', "'2'"), ('row_threads=0', "'0'"), ('profile=fast', 'smoke, laptop, paper')])
 def test_a_wrong_config_is_refused_before_anything_is_made(config, says, copy):
     text = snakemake('-n','--config',config, cwd=copy, ok=False)
-    assert says in text and not list(copy.parent.rglob('pwned')) and 'Job stats' not in text
+    assert 'WorkflowError' in text and says in text and not list(copy.parent.rglob('pwned')) and 'Job stats' not in text
+
+def test_a_cluster_gets_no_path_that_a_shell_would_read(copy):
+    "There Snakemake itself puts the path into a shell's line, in double quotes."
+    pytest.importorskip('snakemake_executor_plugin_slurm')
+    row = f"paper/rows/{cell_name(cells('table_cmnist', 'paper')[0])}.json"
+    slurm = ('--workflow-profile','profiles/slurm','--slurm-no-account')
+    text = snakemake(*slurm, '--config','profile=paper','data_dir=/x/$(touch pwned)','--', row, cwd=copy, ok=False)
+    assert "data_dir='/x/$(touch pwned)': on a cluster" in text and not list(copy.parent.rglob('pwned'))
