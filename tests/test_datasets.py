@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from conftest import LIMIT
 from PIL import Image
-from bias_distill.data.files import cache_dir, kept, kept_dir, kept_path
+from bias_distill.data.kept import cache_dir, kept, kept_dir, kept_path
 from bias_distill.experiment.tables import DATASETS, load
 from bias_distill.data.cmnist import MNIST_FILES
 from bias_distill.experiment.settings import complete

@@ -1,5 +1,5 @@
 "The promises that the repository makes about its own files: cheap to check, easy to break without noticing."
-import ast, json, os, re, shutil, subprocess, sys
+import ast, functools, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest, yaml
@@ -63,6 +63,18 @@ def test_imports_go_down():
             if not isinstance(n, ast.ImportFrom) or not n.level: continue
             floor = p.parent.name if n.level == 1 else n.module.split('.')[0]
             assert FLOORS.index(floor) <= here, f"{p.relative_to(ROOT)} imports {n.module}"
+
+def test_at_most_ten_floors():
+    "The longest chain of imports within the package, in modules."
+    below = {}
+    for p,tree in exported():
+        froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+        folders = {n: p.parent if n.level == 1 else p.parent.parent for n in froms}
+        paths = [folders[n].joinpath(*(n.module or '').split('.')) for n in froms] + [folders[n]/o.name for n in froms for o in n.names]
+        below[p] = {q for o in paths if (q := o.with_suffix('.py')).is_file()}
+    @functools.cache
+    def height(p): return 1+max(map(height, below[p]), default=0)
+    assert max(below.values(), key=len) and max(map(height, below)) <= 10
 
 def test_no_method_is_attached_by_assignment():
     for p,tree in exported():

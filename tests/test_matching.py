@@ -10,7 +10,7 @@ from bias_distill.distill.dsa import distance, gradients, image_gradients, param
 from bias_distill.networks.convnet import logits
 from bias_distill.experiment.tables import DISTILLERS, WEIGHTINGS
 from bias_distill.experiment.settings import complete
-from bias_distill.experiment.store import load_tensors
+from bias_distill.data.kept import load_tensors
 from bias_distill.distill.mtt import steps, trajectory_gradients
 from bias_distill.networks.convnet import ConvNet
 from test_run import ROOT, environment, finish, job, results

@@ -10,7 +10,7 @@ from bias_distill.data.names import seeded
 from bias_distill.experiment.settings import FIELDS, SINGLE, complete, runs_of
 from bias_distill.experiment.tables import DISTILLERS, VIEWS
 from bias_distill.experiment.experiment import Experiment
-from bias_distill.experiment.naming import run_key
+from bias_distill.experiment.store import run_key
 from bias_distill.networks.convnet import ConvNet
 from bias_distill.networks.fast import can_compile
 from bias_distill.networks.testing import predict

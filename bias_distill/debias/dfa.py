@@ -270,7 +270,7 @@ def lff_view(
     see = [compiled(n.forward, compile) for n in nets]
     losses = _lff_fit(see, [p for n in nets for p in n.parameters()], x, y, classes, steps, lr, batch, progress, seed)
     if not all(l.isfinite().all() for l in losses):
-        raise FloatingPointError(f"a loss of LfF is not finite after {steps} steps: lower lr ({lr})")
+        raise FloatingPointError(f"a loss of LfF is not finite after {steps} steps: lower the learning rate ({lr})")
     last = [cross_entropy(features(f, x, bite(len(x), at_once(n, x))), y).detach() for n,f in zip(nets, see)]
     return relative_difficulty(*last, y, classes).mean(0)
 

@@ -124,7 +124,7 @@ def fit(
         opt.step()
         if each: each(t+1, net)
     if l.isfinite(): return l.item()
-    raise FloatingPointError(f"the {name}'s loss is {l.item()} after {steps} steps: lower lr ({lr})")
+    raise FloatingPointError(f"the {name}'s loss is {l.item()} after {steps} steps: lower its learning rate ({lr})")
 
 # %% ../../nbs/networks/04_training.ipynb #caac1402
 def at_once(

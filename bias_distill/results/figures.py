@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'MARKERS', 'CEILING', 'looks', 'panels', 'one_legend', 'ra
 # %% ../../nbs/results/04_figures.ipynb #24f3b0e4
 import matplotlib.pyplot as plt, seaborn as sns
 from ..data.split import show_grid
-from ..experiment.tables import DISTILLERS, WEIGHTINGS, method
+from ..experiment.tables import WEIGHTINGS, method
 from .rows import flat, where
 
 # %% ../../nbs/results/04_figures.ipynb #4bc59fcb

@@ -13,14 +13,15 @@ import matplotlib.pyplot as plt, PIL.Image
 from IPython.display import Image, Markdown
 from fastcore.basics import patch
 from safetensors.torch import load_file
+from ..data.kept import write_atomic, write_figure
 from ..data.names import lookup, unknown
-from ..experiment.naming import command
 from ..experiment.params import plain_values
 from ..experiment.settings import PROFILES
-from ..experiment.store import read_row, write_atomic, write_figure
+from ..experiment.store import command
 from ..experiment.tables import DATASETS
+from ..experiment.watch import read_row
 from . import figures
-from .rows import MEASURES, average, frame, markdown, published, to_markdown
+from .rows import MEASURES, average, frame, published, to_markdown
 from .sweep import NEEDS, SCALES, TABLE_METHODS, at_hand, cells, estimates, planned, setting
 from .tables import grid_table
 

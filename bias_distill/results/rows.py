@@ -13,10 +13,9 @@ import itertools, statistics
 from pathlib import Path
 from pandas import DataFrame, Index, Series
 from ..data.names import unknown
-from ..experiment.naming import ignored
 from ..experiment.settings import FIELDS, complete
-from ..experiment.store import read_row
-from ..experiment.tables import method
+from ..experiment.tables import ignored, method
+from ..experiment.watch import read_row
 
 # %% ../../nbs/results/01_rows.ipynb #226a5dc5
 MEASURES = dict( # what is measured -> (its title in tables, digits)

@@ -13,11 +13,11 @@ __all__ = ['FULL', 'SMOKE', 'SCALES', 'SETS', 'REAL', 'UNBIASED', 'PLAINLY', 'TA
 import functools, hashlib, json
 from pathlib import Path
 from pandas import DataFrame, Series
+from ..data.kept import write_atomic
 from ..data.names import lookup
-from ..experiment.naming import ignored
 from ..experiment.settings import FIELDS, PROFILES, Run, complete, twin
-from ..experiment.store import read_row, write_atomic
-from ..experiment.tables import DISTILLERS, WEIGHTINGS
+from ..experiment.tables import DISTILLERS, WEIGHTINGS, ignored
+from ..experiment.watch import read_row
 from .rows import frame, grid
 
 # %% ../../nbs/results/05_sweep.ipynb #ae2a0a33
