@@ -23,6 +23,18 @@ def test_pages_are_made_from_rows_alone(name, tmp_path):
     text = (tmp_path/f'empty/{name}.md').read_text()
     assert 'seeds)' not in text and '–' in text and text.count('papermill nbs/run.ipynb') == len({cell_name(r) for r in cells(name)}) and (tmp_path/f'empty/{name}.csv').read_text().count('\n') == 1
 
+def test_the_pages_in_words_are_made_from_rows_alone(tmp_path):
+    "From what is committed, the committed page; from nothing, dashes. The commands stand on the pages that it links to."
+    for o in ('rows','rows_validation'): shutil.copytree(ROOT/'paper_figures'/o, tmp_path/'full'/o)
+    for o in (ROOT/'paper_figures').glob('benchmark*.json'): shutil.copy(o, tmp_path/'full')
+    (tmp_path/'empty').mkdir()
+    for out in ('full','empty'):
+        p = papermill(ROOT/'paper_figures/findings.ipynb', tmp_path/f'{out}.ipynb', '-p','out',str(tmp_path/out), cwd=tmp_path)
+        assert p.returncode == 0, p.stderr[-3000:]
+    assert (tmp_path/'full/findings.md').read_text() == (ROOT/'paper_figures/findings.md').read_text()
+    text = (tmp_path/'empty/findings.md').read_text()
+    assert 'networks)' not in text and '–' in text and 'nan' not in text.split() and 'papermill' not in text
+
 @pytest.mark.parametrize('given, says', [(['profle','smoke'], "did you mean 'profile'"), (['datasets','cmnst'], "did you mean 'cmnist'"), (['out','/proc/nowhere'], "can't be written to")])
 def test_a_wrong_parameter_of_a_page(given, says, tmp_path):
     p = papermill(ROOT/'paper_figures/table_faces.ipynb', tmp_path/'o.ipynb', '-p', *given, cwd=tmp_path)

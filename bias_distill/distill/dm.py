@@ -77,13 +77,15 @@ def matcher(
 # %% ../../nbs/distill/02_dm.ipynb #37c59293
 def _targets(embed, x, index, weightings, batch, params, stream):
     "Weighted mean features, name -> (C, f), of real batches drawn from the random numbers named `stream`."
-    drawn, targets = {}, {}
+    drawn, means, targets = {}, {}, {}
     for w in weightings:
         if id(w.p) not in drawn:
             i = draw_batch(index, batch, w.p, generator=seeded(*stream))
             drawn[id(w.p)] = i, real_features(embed, x[i], params)
         i, f = drawn[id(w.p)]
-        targets[w.name] = weighted_mean(f, None if w.in_batch is None else w.in_batch(i))
+        alike = id(w.p), id(w.in_batch)
+        if alike not in means: means[alike] = weighted_mean(f, None if w.in_batch is None else w.in_batch(i))
+        targets[w.name] = means[alike]
     return targets
 
 # %% ../../nbs/distill/02_dm.ipynb #1162e3d7

@@ -8,6 +8,7 @@ __all__ = ['SHARED', 'CROWD', 'BY_NAME', 'check_together', 'stages', 'Experiment
 
 # %% ../../nbs/experiment/07_experiment.ipynb #1276eeaa
 import json, time
+from dataclasses import replace
 import matplotlib.pyplot as plt, torch
 from fastcore.basics import patch
 from ..data.kept import load_tensors, locked, save_tensors, write_atomic, write_figure
@@ -63,12 +64,20 @@ class Experiment:
         self.run = self.runs[-1]
         self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         self.compile = self.run.profile!='smoke'   # compiling takes longer than a smoke run
+        self.made_with = provenance()
         check_apart(self.run.dataset, data_dir, out_dir)
         self.out, self.seconds, self.memory = writable(out_dir), {}, {}
         with watch(self.seconds, self.memory, 'data'): self._load(data_dir)
         kind = fast_dtype(self.device.type) if self.compile and can_compile() else 'eager'
         self.store = Store(self.out, self.data.fingerprint, f'{self.device.type} {kind}')
         for r in self.runs: self.store.check(r, stages(r))
+
+    def label(self,
+        run, # one of `runs`
+    )->str:  # its weighting; where there are several numbers of images per class, with that
+        "What tells a run from those that are distilled beside it."
+        several = len({r.ipc for r in self.runs}) > 1
+        return run.weighting + f', ipc {run.ipc}'*several
 
     def __repr__(self):
         lines = [self.store.key(r)+' (done)'*self.done(r) for r in self.runs]
@@ -142,16 +151,23 @@ def _view(self:Experiment, run)->tuple: # tensor, what was chosen on the way, co
 @patch
 def weigh(self:Experiment)->dict: # run -> `Weighting`
     "The weighting of each run; in `reports`, how well it finds the conflicting images."
-    self.weightings, self.reports, self.weigh_costs = {}, {}, {}
+    self.weightings, self.reports, self.weigh_costs, read = {}, {}, {}, {}
     for r in self.runs:
-        way, seconds, memory = WEIGHTINGS[r.weighting], {}, {}
-        given = {k: getattr(r, k) for k in way.settings}
-        if way.sees_labels: given['b'] = self.train.b          # nobody else sees b
-        with watch(seconds, memory, 'kde'): w = way.reading(self.views[r], self.train.y, **given)
-        self.weightings[r], self.weigh_costs[r] = w, dict(kde=(seconds['kde'], memory['kde'])) if way.view else {}
-        self.reports[r] = weight_report(w, self.train, self.classes, r.batch_real, generator=seeded(r.seed,'report'))
-        if w.about: self.reports[r]['chosen'] = self.chosen[r] | w.about
+        way = WEIGHTINGS[r.weighting]
+        alike = r.weighting, r.batch_real, *(getattr(r, k) for k in way.uses)
+        if alike not in read: read[alike] = self._weighting(r, way)
+        w, self.weigh_costs[r], self.reports[r] = read[alike]
+        self.weightings[r] = replace(w, name=self.label(r))
     return self.weightings
+
+@patch
+def _weighting(self:Experiment, run, way)->tuple: # `Weighting`, costs by stage, report
+    seconds, memory, given = {}, {}, {k: getattr(run, k) for k in way.settings}
+    if way.sees_labels: given['b'] = self.train.b          # nobody else sees b
+    with watch(seconds, memory, 'kde'): w = way.reading(self.views[run], self.train.y, **given)
+    report = weight_report(w, self.train, self.classes, run.batch_real, generator=seeded(run.seed,'report'))
+    if w.about: report['chosen'] = self.chosen[run] | w.about
+    return w, dict(kde=(seconds['kde'], memory['kde'])) if way.view else {}, report
 
 # %% ../../nbs/experiment/07_experiment.ipynb #04d1e691
 @patch
@@ -258,10 +274,12 @@ def distill(self:Experiment,
 )->dict:                  # run -> (classes, ipc, 3, h, w) in 0 to 1; a run without distillation has none
     "Synthetic images of each run."
     self.states = {r: self._state(r) for r in self.runs if not DISTILLERS[r.distiller].whole}
-    for group in side_by_side(list(self.states)):
+    first = {self.store.stage(r, 'distill'): r for r in reversed(self.states)}   # others read what it makes
+    for group in side_by_side(list(first.values())[::-1]):
         todo = [r for r in group if self.states[r]['t'] < total_steps(r)]
         for t in sorted({self.states[r]['t'] for r in todo}):
             self._together([r for r in todo if self.states[r]['t']==t], self.states, save_every)
+    self.states |= {r: self._state(r) for r in self.states if self.states[r]['t'] < total_steps(r)}
     self.synthetic = {r: s['x'][self.weightings[r].name] for r,s in self.states.items()}
     return self.synthetic
 
@@ -293,6 +311,12 @@ def _costs(self:Experiment, run, evaluated:tuple)->dict:
 
 # %% ../../nbs/experiment/07_experiment.ipynb #39819dc3
 @patch
+def _beside(self:Experiment, run)->list: # of labels
+    "The other runs that the same passes over the real images served."
+    group = next((g for g in side_by_side(self.runs) if run in g), [])
+    return [self.label(r) for r in group if r is not run]
+
+@patch
 def _row(self:Experiment, run, result:dict, costs:dict)->dict:
     "A run's row."
     name = self.weightings[run].name
@@ -304,9 +328,9 @@ def _row(self:Experiment, run, result:dict, costs:dict)->dict:
     return row | dict(
         source=self.data.source, data=self.data.fingerprint, n_train=len(self.train), n_test=len(self.test),
         loss=loss[:1]+loss[-1:], uses_bias_labels=WEIGHTINGS[run.weighting].sees_labels,
-        beside=[r.weighting for r in self.runs if r is not run], seconds=seconds, memory_mb=memory,
+        beside=self._beside(run), seconds=seconds, memory_mb=memory,
         peak_memory_mb=max(memory.values()), device=device_name(self.device),
-        made=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())) | provenance() | dict(command=command(run))
+        made=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())) | self.made_with | dict(command=command(run))
 
 # %% ../../nbs/experiment/07_experiment.ipynb #60521152
 @patch

@@ -59,12 +59,15 @@ def total_steps(
 def side_by_side(
     runs:list, # of one experiment
 )->list:       # of lists
-    "Runs that can be distilled together: they differ in the weights alone, and each weighting comes once."
+    """Runs that can be distilled together: they differ in the weights, and in what their distiller shares `across`,
+    alone; each pair of a weighting and a number of images per class comes once."""
     groups = {}
     for r in runs:
-        alike = tuple(getattr(r, k) for k in MADE if k not in WEIGHED)
-        twins = [k for k in groups if k[0]==alike and all(o.weighting!=r.weighting for o in groups[k])]
-        groups.setdefault(twins[0] if twins else (alike, len(groups)), []).append(r)
+        free = WEIGHED+DISTILLERS[r.distiller].across
+        alike = tuple(getattr(r, k) for k in MADE if k not in free)
+        def fits(group): return all((o.weighting,o.ipc)!=(r.weighting,r.ipc) for o in groups[group])
+        home = next((k for k in groups if k[0]==alike and fits(k)), (alike, len(groups)))
+        groups.setdefault(home, []).append(r)
     return list(groups.values())
 
 # %% ../../nbs/experiment/05_store.ipynb #6d75f616

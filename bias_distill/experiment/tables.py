@@ -157,6 +157,7 @@ class Method:
     experts:tuple=()       # settings of networks that it first trains on the real images, and follows; (): none
     weighs:str='mean'      # where weights enter: 'mean' (and draw), 'draw' alone, or 'never'
     augments:str='maybe'   # while matching: 'maybe', 'always' or 'never'
+    across:tuple=()        # settings, beyond the weights, in which runs may differ that share a pass over real images
     whole:bool=False       # its images are the training set, without distillation
 
     @property
@@ -169,7 +170,7 @@ LOOPED = ('outer_steps','inner_epochs','lr_net')
 EXPERTS = ('experts','expert_epochs','epoch_steps','lr_net')
 STUDENT = ('lr_net','ahead','latest_start','student_steps','lr_lr')
 DISTILLERS = dict(
-    dm=Method(dm, 'DM'),
+    dm=Method(dm, 'DM', across=('ipc',)),
     dc=Method(dc, 'DC', LOOPED, augments='never'),
     dsa=Method(dsa, 'DSA', LOOPED, augments='always'),
     mtt=Method(mtt, 'MTT', STUDENT, EXPERTS),

@@ -7,7 +7,7 @@ __all__ = ['PACKAGES', 'bar', 'peak_memory', 'watch', 'git', 'provenance', 'devi
 
 # %% ../../nbs/experiment/04_watch.ipynb #036af381
 import contextlib, json, os, platform, subprocess, sys, time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -57,11 +57,16 @@ def git(
     root = Path(__file__).parents[2] if '__file__' in globals() else Path('../..')
     return subprocess.run(['git','-C',str(root),*words], capture_output=True, text=True).stdout.strip()
 
+def _version(name):
+    "A package's version; None for one that is used without being installed, as from a checkout."
+    try: return version(name)
+    except PackageNotFoundError: return None
+
 def provenance()->dict: # commit, versions, threads, compiled
     "With what a row was made."
     try: commit = git('rev-parse','HEAD')+'+changes'*bool(git('status','--porcelain','-uno','bias_distill'))
     except OSError: commit = ''
-    versions = dict(python=platform.python_version()) | {n: version(n) for n in PACKAGES}
+    versions = dict(python=platform.python_version()) | {n: _version(n) for n in PACKAGES}
     return dict(commit=commit or None, versions=versions, threads=torch.get_num_threads(), compiled=can_compile())
 
 def device_name(

@@ -109,7 +109,7 @@ def fit(
     lr:float=1e-3,     # learning rate
     batch:int=256,     # images a step, at most
     compile:bool=True, # compiled, in `fast_dtype`; False (short runs): eager, in float32
-    each=None,         # function called after each step with its number and the network as it is
+    each=None,         # function called after each step with its number and the network as it is; True ends the training
     *,
     seed:int,          # with `name`, of the order; each step draws its batch anew
     name:str,          # of what is trained, also for the error
@@ -122,9 +122,9 @@ def fit(
         opt.zero_grad()
         l.backward()
         opt.step()
-        if each: each(t+1, net)
+        if each and each(t+1, net) is True: break
     if l.isfinite(): return l.item()
-    raise FloatingPointError(f"the {name}'s loss is {l.item()} after {steps} steps: lower its learning rate ({lr})")
+    raise FloatingPointError(f"the {name}'s loss is {l.item()} after {t+1} steps: lower its learning rate ({lr})")
 
 # %% ../../nbs/networks/04_training.ipynb #caac1402
 def at_once(

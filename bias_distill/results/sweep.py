@@ -177,7 +177,8 @@ NEEDS = dict( # notebook -> function from a scale to settings
     figure_sensitivity=for_sensitivity,
     figure_overhead=at_one_ratio(dataset=SETS+('utkface',), weighting='kde'),
     table_cross_architecture=at_one_ratio(dataset=SETS[:2], weighting=('uniform','kde'), network=ARCHITECTURES),
-    table_claims=for_claims)
+    table_claims=for_claims,
+    findings=for_nothing)
 
 # %% ../../nbs/results/05_sweep.ipynb #5c40b336
 HEADLINE = pairs([('dm','uniform'), ('dm','kde')], dataset='cmnist', conflict=.05, ipc=(10,50))

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from ..data.names import seeded
+from ..networks.testing import copied_state
 from .kde import class_density
 from .supcon import encode, train_encoder
 from .weighting import Weighting, fixed, kde
@@ -82,16 +83,17 @@ def chosen_view(
 )->dict:               # embeddings `z` (n, d), each row of length one; `steps`, how long the encoder was trained
     "Embeddings by the SupCon encoder at that one of `STEPS` (up to `PASSES` passes) where the gap is clearest."
     last = max(STEPS[0], PASSES*len(x)//256)
-    marks, best = [k for k in STEPS if k <= last], None
+    marks, some, clearest, best = [k for k in STEPS if k <= last], _some(y, 1000, seed), -1., None
     def look(t, net):
-        nonlocal best
-        if t in marks:
-            z = encode(net, x, compile)
-            found = sharpest(z, y, seed=seed)[1], t, z
-            if best is None or found[0] > best[0]: best = found
+        nonlocal clearest, best
         if progress: progress(t)
-    train_encoder(x, y, marks[-1], tau, width=width, compile=compile, each=look, seed=seed)
-    return dict(z=best[2], steps=torch.tensor(best[1]))
+        if t not in marks: return
+        clear = sharpest(encode(net, x[some], compile), y[some], seed=seed)[1]
+        if clear <= clearest: return True
+        clearest, best = clear, (t, copied_state(net))
+    net = train_encoder(x, y, marks[-1], tau, width=width, compile=compile, each=look, seed=seed)
+    net.load_state_dict(best[1])
+    return dict(z=encode(net, x, compile), steps=torch.tensor(best[0]))
 
 # %% ../../nbs/weights/07_choice.ipynb #8c113df4
 def gap_weights(
