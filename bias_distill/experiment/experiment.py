@@ -72,23 +72,25 @@ class Experiment:
         self.store = Store(self.out, self.data.fingerprint, f'{self.device.type} {kind}')
         for r in self.runs: self.store.check(r, stages(r))
 
-    def label(self,
-        run, # one of `runs`
-    )->str:  # its weighting; where there are several numbers of images per class, with that
-        "What tells a run from those that are distilled beside it."
-        several = len({r.ipc for r in self.runs}) > 1
-        return run.weighting + f', ipc {run.ipc}'*several
-
     def __repr__(self):
         lines = [self.store.key(r)+' (done)'*self.done(r) for r in self.runs]
         return '\n'.join([repr(self.data)]+lines)
 
+# %% ../../nbs/experiment/07_experiment.ipynb #34d61e9d
 @patch
 def done(self:Experiment,
     run, # one of `runs`
 )->bool:
     "Are its results there?"
     return self.store.done(run)
+
+@patch
+def label(self:Experiment,
+    run, # one of `runs`
+)->str:  # its weighting; where there are several numbers of images per class, with that
+    "What tells a run from those that are distilled beside it."
+    several = len({r.ipc for r in self.runs}) > 1
+    return run.weighting + f', ipc {run.ipc}'*several
 
 # %% ../../nbs/experiment/07_experiment.ipynb #0c89486f
 @patch

@@ -109,7 +109,7 @@ def fit(
     lr:float=1e-3,     # learning rate
     batch:int=256,     # images a step, at most
     compile:bool=True, # compiled, in `fast_dtype`; False (short runs): eager, in float32
-    each=None,         # function called after each step with its number and the network as it is; True ends the training
+    each=None,         # function called after each step with its number and the network; True ends the training
     *,
     seed:int,          # with `name`, of the order; each step draws its batch anew
     name:str,          # of what is trained, also for the error

@@ -44,7 +44,7 @@ def train_encoder(
     dim:int=64,         # of the embedding
     compile:bool=True,  # compiled, in `fast_dtype`; False (short runs): eager, in float32
     progress=None,      # function called with the number of steps done
-    each=None,          # function called after each step with its number and the encoder as it is; True ends the training
+    each=None,          # function called after each step with its number and the encoder; True ends the training
     *,
     seed:int,           # of the first parameters and of the batches
 )->ConvNet:             # whose `forward` gives the embedding (n, dim), any norm
