@@ -130,8 +130,8 @@ elif where=='replace':                                               # in the mi
     os.replace = replace
 else:                                                                # at that step of that stage
     real, steps = experiment.bar, 0
-    def bar(total, name):
-        b = real(total, name); update = b.update
+    def bar(total, name, *done):
+        b = real(total, name, *done); update = b.update
         def counted(n=1):
             global steps
             update(n); steps += (name==where)*n

@@ -7,11 +7,11 @@ __all__ = ['SHARED', 'CROWD', 'BY_NAME', 'check_together', 'stages', 'Experiment
            'experiment']
 
 # %% ../../nbs/experiment/07_experiment.ipynb #1276eeaa
-import json, time
+import time
 from dataclasses import replace
 import matplotlib.pyplot as plt, torch
 from fastcore.basics import patch
-from ..data.kept import load_tensors, locked, save_tensors, write_atomic, write_figure
+from ..data.kept import load_tensors, locked, save_tensors, write_figure
 from ..data.names import seeded
 from ..data.split import Split, show_grid
 from ..distill.images import start
@@ -20,7 +20,8 @@ from .judge import evaluate
 from .settings import Run, complete
 from .store import Store, check_apart, command, side_by_side, total_steps, writable
 from .tables import DATASETS, DEBIASERS, DISTILLERS, VIEWS, WEIGHTINGS, load
-from .watch import bar, device_name, provenance, watch
+from .watch import FORMAT, bar, device_name, provenance, watch, write_row
+from ..networks.convnet import channel_stats
 from ..networks.fast import can_compile, fast_dtype
 from ..weights.report import weight_report
 
@@ -253,8 +254,7 @@ def _together(self:Experiment, runs, states, save_every):
             states[o].update(apart(joint, self.weightings[o].name), **costs)
             self._keep(o, states[o])
     steps = self._steps(runs, joint, states)
-    with bar(total, 'distill') as b:
-        b.update(joint['t'])
+    with bar(total, 'distill', joint['t']) as b:
         last = time.monotonic()
         while joint['t'] < total:
             try:
@@ -313,6 +313,12 @@ def _costs(self:Experiment, run, evaluated:tuple)->dict:
 
 # %% ../../nbs/experiment/07_experiment.ipynb #39819dc3
 @patch
+def inputs(self:Experiment)->dict: # size (pixels a side), mean and std (each 3 numbers, in image range), labels (names)
+    "How a network must see the images to repeat what the judge measured: channels less `mean`, divided by `std`."
+    mean, std = channel_stats(self.train.x)
+    return dict(size=self.train.x.shape[-1], mean=mean.tolist(), std=std.tolist(), labels=list(self.data.classes))
+
+@patch
 def _beside(self:Experiment, run)->list: # of labels
     "The other runs that the same passes over the real images served."
     group = next((g for g in side_by_side(self.runs) if run in g), [])
@@ -325,10 +331,10 @@ def _row(self:Experiment, run, result:dict, costs:dict)->dict:
     state = self.states.get(run, dict(loss={name: []}))
     loss, learned = state['loss'][name], state.get('own', {}).get(name, {}).get('lr')
     seconds, memory = ({k: v[o] for k,v in costs.items()} for o in (0,1))
-    row = dict(key=self.store.key(run)) | dict(run) | result | self.reports[run]
+    row = dict(key=self.store.key(run), format=FORMAT) | dict(run) | result | self.reports[run]
     if learned is not None: row['learned_lr'] = learned.item()
     return row | dict(
-        source=self.data.source, data=self.data.fingerprint, n_train=len(self.train), n_test=len(self.test),
+        inputs=self.inputs(), source=self.data.source, data=self.data.fingerprint, n_train=len(self.train), n_test=len(self.test),
         loss=loss[:1]+loss[-1:], uses_bias_labels=WEIGHTINGS[run.weighting].sees_labels,
         beside=self._beside(run), seconds=seconds, memory_mb=memory,
         peak_memory_mb=max(memory.values()), device=device_name(self.device),
@@ -354,16 +360,21 @@ def _judge(self:Experiment, run)->dict:
                           self.data.kinds, own['lr'].item() if 'lr' in own else None)
     row = self._row(run, result, self._costs(run, (seconds['evaluate'], memory['evaluate'])))
     if run in self.synthetic:
-        save_tensors(self.store.file(run, 'safetensors'), dict(x=x, y=y))
+        save_tensors(self.store.file(run, 'safetensors'), dict(x=x, y=y), inputs=self.inputs())
         save_picture(self.store.file(run, 'png'), self.synthetic[run], run)
-    write_atomic(self.store.file(run, 'json'), json.dumps(row, indent=1).encode())
+    write_row(self.store.file(run, 'json'), row)
     return row
 
 # %% ../../nbs/experiment/07_experiment.ipynb #f33682be
 @patch
 def judge(self:Experiment)->list: # of rows, in the order of the runs
     "Train networks on each set, test them, and write rows, images and pictures."
-    return [self._judge(r) for r in self.runs]
+    rows = []
+    for r in self.runs:
+        rows.append(self._judge(r))
+        mean = sum(rows[-1]['accuracy'])/len(rows[-1]['accuracy'])
+        print(f"row {len(rows)} of {len(self.runs)}: {self.label(r)}, accuracy {mean:.1f} %", flush=True)
+    return rows
 
 # %% ../../nbs/experiment/07_experiment.ipynb #5056a201
 def experiment(
