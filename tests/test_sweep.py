@@ -64,14 +64,23 @@ def jobs(text):
     lines = text.split('Job stats:')[-1].splitlines() if 'Job stats:' in text else []
     return {o[0]: int(o[1]) for l in lines if len(o := l.split()) == 2 and o[1].isdigit() and o[0] != 'total'}
 
+def asked(text):
+    "Names of the cells that the jobs of a dry run (with -p) are told to make, job by job."
+    lines = [shlex.split(l) for l in text.splitlines() if 'results.jobs' in l and 'keep_tile' not in l]
+    def after_settings(line): return line.index(next(o for o in line if o.startswith('{"profile"')))+1
+    return [line[after_settings(line):line.index('>')] for line in lines]
+
 def test_dry_runs(copy):
     "What is missing is announced, with an estimate; the names of rules are the names of notebooks; SLURM's profile is valid."
     have = {p.stem for p in (copy/'rows').glob('*.json')}; want = {cell_name(r) for r in cells('table_bg_fmnist')}
-    text = snakemake('-n','table_bg_fmnist', cwd=copy); assert jobs(text) == {'row': len(want-have), 'page_table_bg_fmnist': 1, 'table_bg_fmnist': 1} and 'rows are there' in text and 'hours' in text
+    text = snakemake('-n','-p','table_bg_fmnist', cwd=copy)
+    assert set(jobs(text)) == {f'rows_{job}' for job in ('bg_fmnist_1pct_seed0','bg_fmnist_2pct_seed0','bg_fmnist_5pct_seed0')} | {'page_table_bg_fmnist','table_bg_fmnist'}
+    assert sorted(sum(asked(text), [])) == sorted(want-have) and 'rows are there' in text and 'hours' in text
     assert jobs(snakemake('-n','--config','at_hand=1','--','table_bg_fmnist', cwd=copy)) == {'page_table_bg_fmnist': 1, 'table_bg_fmnist': 1}
-    more = jobs(snakemake('-n','--config','seeds=0,7','--','table_bg_fmnist', cwd=copy)); assert more['row'] == len(want-have)+len(want)
-    assert jobs(snakemake('-n','--workflow-profile','profiles/slurm','--config','profile=paper','--','table_cmnist', cwd=copy)) == {'row': len(cells('table_cmnist', 'paper', headline=(1,2))), 'page_table_cmnist': 1, 'table_cmnist': 1}
-    smoke = jobs(snakemake('-n','--workflow-profile','profiles/smoke', cwd=copy)); assert smoke['row'] == len(cells('table_claims', 'smoke', ('cmnist',))) and all(smoke[f'page_{n}'] == 1 for n in NEEDS)
+    more = asked(snakemake('-n','-p','--config','seeds=0,7','--','table_bg_fmnist', cwd=copy)); assert len(sum(more, [])) == len(want-have)+len(want)
+    paper = snakemake('-n','-p','--workflow-profile','profiles/slurm','--config','profile=paper','--','table_cmnist', cwd=copy)
+    assert sorted(sum(asked(paper), [])) == sorted(map(cell_name, cells('table_cmnist', 'paper', headline=(1,2)))) and len(asked(paper)) == 5
+    smoke = snakemake('-n','-p','--workflow-profile','profiles/smoke', cwd=copy); assert len(sum(asked(smoke), [])) == len(cells('table_claims', 'smoke', ('cmnist',))) and all(jobs(smoke)[f'page_{n}'] == 1 for n in NEEDS)
     assert 'table_cmnst' in snakemake('-n','table_cmnst', cwd=copy, ok=False)
     assert "did you mean 'seeds'" in snakemake('-n','--config','seed=1', cwd=copy, ok=False)
 
@@ -82,7 +91,7 @@ def test_a_row_once_a_kill_and_two_at_once(copy):
     snakemake(*smoke, target, cwd=copy); done = result(copy/'smoke'); assert len(done) == 1 and (copy/'smoke/figure_overhead.png').exists()
     assert set(jobs(snakemake('-n', *smoke, target, cwd=copy))) <= {target}
     row, = (copy/'smoke/rows').glob('*.json'); row.unlink(); shutil.rmtree(copy/'smoke/runs')
-    assert jobs(snakemake('-n', *smoke, target, cwd=copy)) == {'row': 1, f'page_{target}': 1, target: 1}
+    assert jobs(snakemake('-n', *smoke, target, cwd=copy)) == {'rows_cmnist_5pct_seed0': 1, f'page_{target}': 1, target: 1}
     p = subprocess.Popen([sys.executable,'-m','snakemake',*smoke,target], cwd=copy, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     until = time.monotonic()+LIMIT
     while not list((copy/'smoke/runs').glob('*.log')):
@@ -96,25 +105,24 @@ def test_a_row_once_a_kill_and_two_at_once(copy):
     snakemake(*smoke, '--unlock', cwd=copy); snakemake(*smoke, target, cwd=copy); assert result(copy/'smoke') == done
 
 def test_rows_side_by_side(copy):
-    "Where rows are made one at a time, one job makes those that differ in the weighting alone; what others ask for, or is there, is not made."
-    say = lambda *a: sorted(l.split('-p compare ')[1].split()[0] for l in snakemake('-n','-p',*a, cwd=copy).splitlines() if '-p compare ' in l)
-    smoke, wanted = ('--workflow-profile','profiles/smoke','--resources','gpu=1'), [f'smoke/rows/{n}.json' for n in (cell_name(complete(profile='smoke', conflict=.05, ipc=1, weighting=w)) for w in ('uniform','kde'))]
-    assert say(*smoke, '--', wanted[0]) == ['False']
-    assert say('--workflow-profile','profiles/smoke','--', *wanted) == ['False','False']                     # two at a time
+    "One job makes the rows that share a dataset, whatever their weights and images per class; none that is there, or that nobody asked for."
+    smoke, runs = ('--workflow-profile','profiles/smoke'), [complete(profile='smoke', conflict=.05, ipc=1, weighting=w) for w in ('uniform','kde')]+[complete(profile='smoke', conflict=.05, ipc=1, distiller='random', weighting='uniform')]
+    wanted = [f'smoke/rows/{cell_name(r)}.json' for r in runs]
+    assert asked(snakemake('-n','-p', *smoke, '--', wanted[0], cwd=copy)) == [[cell_name(runs[0])]]
     snakemake(*smoke, '--', *wanted, cwd=copy); rows = [json.loads((copy/o).read_text()) for o in wanted]
-    assert [o['beside'] for o in rows] == [['kde'],['uniform']] and len(list((copy/'smoke/runs/stages').glob('supcon-*'))) == 1
-    (copy/wanted[0]).unlink(); assert say(*smoke, '--', *wanted) == ['False']
+    assert [o['beside'] for o in rows] == [['kde'],['uniform'],[]] and len(list((copy/'smoke/runs/stages').glob('supcon-*'))) == 1
+    (copy/wanted[0]).unlink(); assert asked(snakemake('-n','-p', *smoke, '--', *wanted, cwd=copy)) == [[cell_name(runs[0])]]
 
 HONEST = ["Bob's data", '{a}', 'a $b `c` "d"', "/x'$(touch pwned)'y", 'a;b|c & d']
 
 @pytest.mark.parametrize('where', HONEST)
-def test_text_from_config_reaches_papermill_as_it_is(where, copy):
+def test_text_from_config_reaches_the_job_as_it_is(where, copy):
     "No shell reads it: what a shell would make of the printed line is the path itself."
     row = f"smoke/rows/{cell_name(complete(profile='smoke', conflict=.05, ipc=1))}.json"
     text = snakemake('-n','-p','--workflow-profile','profiles/smoke','--config',f'data_dir={where}','--', row, cwd=copy)
-    line = next(l for l in text.splitlines() if 'papermill' in l)
-    words = shlex.split(line)
-    assert words[words.index('data_dir')+1] == where and not list(copy.parent.rglob('pwned'))
+    line = next(l for l in text.splitlines() if 'results.jobs' in l)
+    settings, = (json.loads(o) for o in shlex.split(line) if o.startswith('{"profile"'))
+    assert settings['data_dir'] == where and not list(copy.parent.rglob('pwned'))
 
 @pytest.mark.parametrize('config, says', [
     ('datasets=utkfac,$(touch pwned)', 'utkfac'), ('datasets=cmnst', "did you mean 'cmnist'"), ('seeds=-1', "'-1'"), ('seeds=abc', "'abc'"),

@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['FULL', 'SMOKE', 'SCALES', 'SETS', 'REAL', 'UNBIASED', 'PLAINLY', 'TABLE_METHODS', 'FACE_METHODS', 'AMPLIFIERS',
-           'PICTURED', 'FIRST', 'COMPARED', 'ARCHITECTURES', 'WHOLE', 'NEEDS', 'HEADLINE', 'LIKE', 'SHARING', 'setting',
+           'PICTURED', 'FIRST', 'COMPARED', 'ARCHITECTURES', 'WHOLE', 'NEEDS', 'HEADLINE', 'LIKE', 'setting',
            'cell_name', 'run_of', 'planned', 'pairs', 'on_whole', 'of_dataset', 'for_amplification', 'for_faces',
            'for_debiasing', 'for_images', 'for_sensitivity', 'for_nothing', 'for_claims', 'at_one_ratio', 'cells',
-           'sweep', 'at_hand', 'row_seconds', 'estimates', 'estimate', 'beside', 'keep']
+           'sweep', 'at_hand', 'row_seconds', 'estimates', 'estimate']
 
 # %% ../../nbs/results/05_sweep.ipynb #dd9ec7fb
 import functools, hashlib, json
 from pathlib import Path
 from pandas import DataFrame, Series
-from ..data.kept import write_atomic
 from ..data.names import lookup
-from ..experiment.settings import FIELDS, PROFILES, Run, complete, twin
+from ..experiment.settings import FIELDS, PROFILES, Run, complete
 from ..experiment.tables import DISTILLERS, WEIGHTINGS, ignored
 from ..experiment.watch import read_row
 from .rows import frame, grid
@@ -256,30 +255,3 @@ def estimate(
 )->float|None:       # seconds; None where there are no rows of its profile
     "Seconds that a cell will take, from the rows most like it."
     return estimates([run], rows, start)[0]
-
-# %% ../../nbs/results/05_sweep.ipynb #7be2a416
-SHARING = ('dm',) # distillers for which the real images are embedded once, whatever the weights in the mean
-
-def beside(
-    run:Run,  # complete
-    others,   # runs that are wanted too
-)->list:      # of names of weightings
-    "What to `compare` in the job that makes `run`: the `others` that differ in the weighting alone."
-    def shares(o): return o.distiller in SHARING and not WEIGHTINGS[o.weighting].draws
-    if not shares(run): return []
-    return [o.weighting for o in others if o!=run and shares(o) and twin(run, o.weighting)==o]
-
-# %% ../../nbs/results/05_sweep.ipynb #13843f03
-def keep(
-    name:str, # of a cell
-    runs,     # `out_dir` of a job
-    rows,     # folder of the rows that are kept
-)->Path:      # of the copy
-    "Copy the row of a cell from a job's folder to the kept rows. A FileNotFoundError where the job made none."
-    files = Path(runs).glob(f"{name.split('-')[0]}-*.json")
-    found = [p for p in files if cell_name(run_of(read_row(p)))==name]
-    wanted = 'expected one that `papermill nbs/run.ipynb` made there'
-    if not found: raise FileNotFoundError(f'no row of {name} in {runs}: {wanted}')
-    to = Path(rows)/f'{name}.json'
-    write_atomic(to, max(found, key=lambda p: p.stat().st_mtime).read_bytes())
-    return to
