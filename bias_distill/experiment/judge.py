@@ -34,8 +34,9 @@ def augmentation_of(
     run, # complete
 ):       # function (images, generator) to images, or None
     "The augmentation that a run's networks train with."
-    if not parse(run.augment): return None
-    return lambda x, g: augment(x, draw(run.augment, len(x), generator=g, siamese=False))
+    strategy = run.eval_augment or run.augment
+    if not parse(strategy): return None
+    return lambda x, g: augment(x, draw(strategy, len(x), generator=g, siamese=False))
 
 def groups_of(
     predicted:Tensor, # (members, n) classes

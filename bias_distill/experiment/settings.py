@@ -128,6 +128,8 @@ class Judging(Distilling):
     eval_epochs:int|None = setting('passes over it', ge=1)
     eval_batch:int|None = setting('images a step', ge=1)
     eval_lr:float|None = setting('learning rate', gt=0)
+    eval_augment:Annotated[str, AfterValidator(augmentation)]|None = setting(
+        "augmentation, as `augment`, of what they train on; None: as augment")
     debias_steps:int|None = setting('steps of a debiaser', ge=1)
     debias_lr:float|None = setting('its learning rate', gt=0)
 
