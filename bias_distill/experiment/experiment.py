@@ -334,7 +334,8 @@ def _row(self:Experiment, run, result:dict, costs:dict)->dict:
     row = dict(key=self.store.key(run), format=FORMAT) | dict(run) | result | self.reports[run]
     if learned is not None: row['learned_lr'] = learned.item()
     return row | dict(
-        inputs=self.inputs(), source=self.data.source, data=self.data.fingerprint, n_train=len(self.train), n_test=len(self.test),
+        inputs=self.inputs(), source=self.data.source, data=self.data.fingerprint,
+        n_train=len(self.train), n_test=len(self.test),
         loss=loss[:1]+loss[-1:], uses_bias_labels=WEIGHTINGS[run.weighting].sees_labels,
         beside=self._beside(run), seconds=seconds, memory_mb=memory,
         peak_memory_mb=max(memory.values()), device=device_name(self.device),

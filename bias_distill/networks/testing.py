@@ -56,11 +56,29 @@ def _pattern(p, kinds)->str:
 # %% ../../nbs/networks/05_testing.ipynb #763e320e
 def unfairness(
     table:Tensor, # (classes, bias values) accuracies, percent, NaN for a group without images
-)->tuple:         # the largest difference within a class, and their mean over classes; None where no class has two groups
+)->tuple:         # the largest difference within a class, and their mean; None where no class has two groups
     "DEO_M and DEO_A: how differently the groups of a class fare (FairDD 2025, equalised odds)."
     known = [row[~row.isnan()] for row in table]
     apart = [(o.max()-o.min()).item() for o in known if len(o) > 1]
     return (max(apart), sum(apart)/len(apart)) if apart else (None, None)
+
+# %% ../../nbs/networks/05_testing.ipynb #2bcab5a4
+def _tables(pred, y, b):
+    "The table of groups of each member; and for the row, as lists, with the number of images of each group."
+    tables, m = torch.stack([group_table(p, y, b) for p in pred]), int(b.max())+1
+    count = torch.bincount(y*m+b, minlength=tables[0].numel()).view(-1, m)
+    return tables, dict(group_accuracy=_lists(tables), group_count=count.tolist())
+
+def _lists(t:Tensor):
+    "Nested lists of numbers; None for a group without images."
+    if t.ndim: return [_lists(o) for o in t]
+    return None if t.isnan() else t.item()
+
+def _known(values): return None if None in values else list(values)
+
+def _mean(hits:Tensor, m:Tensor):
+    "Of every member (members, n), over the images `m` (n,) bool; None where there are none."
+    return hits[:,m].mean(1).tolist() if m.any() else None
 
 # %% ../../nbs/networks/05_testing.ipynb #a6a344e0
 def by_group(
@@ -81,24 +99,8 @@ def by_group(
         return r | dict(worst_group=[min(g) for g in zip(*groups.values())], groups=groups) | tables
     tables, lists = _tables(pred, split.y, split.b)
     most, mean = zip(*map(unfairness, tables))
-    return r | dict(worst_group=[t[~t.isnan()].min().item() for t in tables], deo_m=_known(most), deo_a=_known(mean)) | lists
-
-def _tables(pred, y, b):
-    "The table of groups of each member; and for the row, as lists, with the number of images of each group."
-    tables, m = torch.stack([group_table(p, y, b) for p in pred]), int(b.max())+1
-    count = torch.bincount(y*m+b, minlength=tables[0].numel()).view(-1, m)
-    return tables, dict(group_accuracy=_lists(tables), group_count=count.tolist())
-
-def _lists(t:Tensor):
-    "Nested lists of numbers; None for a group without images."
-    if t.ndim: return [_lists(o) for o in t]
-    return None if t.isnan() else t.item()
-
-def _known(values): return None if None in values else list(values)
-
-def _mean(hits:Tensor, m:Tensor):
-    "Of every member (members, n), over the images `m` (n,) bool; None where there are none."
-    return hits[:,m].mean(1).tolist() if m.any() else None
+    worst = [t[~t.isnan()].min().item() for t in tables]
+    return r | dict(worst_group=worst, deo_m=_known(most), deo_a=_known(mean)) | lists
 
 # %% ../../nbs/networks/05_testing.ipynb #543c2468
 def copied_state(
