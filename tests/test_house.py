@@ -155,7 +155,7 @@ def site():
 def test_site_has_pages_and_api(site):
     assert (site/'index.html').exists() and (site/'nbs/docs/weightings.html').exists() and (site/'paper_figures/table_cmnist.html').exists()
     text = (site/'nbs/weights/02_kde.html').read_text(encoding='utf-8')
-    assert 'log_density' in text and 'Logarithm of the Gaussian kernel density estimate' in text
+    assert 'log_density' in text and 'Log of the kernel density estimate at the samples themselves' in text
 
 def test_site_in_a_browser(site, tmp_path):
     browser = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')

@@ -2,7 +2,7 @@
 import json, os, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
-import pytest, torch
+import numpy as np, pytest, torch
 from conftest import LIMIT
 from safetensors.torch import load_file
 from bias_distill.experiment import experiment
@@ -75,8 +75,24 @@ def test_every_field_that_others_rely_on(run):
         assert r['peak_memory_mb'] == max(r['memory_mb'].values()) > 100
         assert isinstance(r['device'], str) and r['device'] and r['versions']['torch'] == torch.__version__.split('+')[0] and len(r['versions']) >= 5
         assert r['commit'] is None or len(r['commit'].removesuffix('+changes')) == 40
-        assert {f for f in FIELDS if r[f] is None} == {'backgrounds_per_class','size','second_conflict','rare','eval_width','network','debias_steps','debias_lr',*SINGLE}    # not of this dataset, weighting or distiller
+        assert {f for f in FIELDS if r[f] is None} == {'backgrounds_per_class','size','second_conflict','rare','eval_width','network','debias_steps','debias_lr','eval_augment',*SINGLE}    # not of this dataset, weighting or distiller
         assert (r['severity'], r['second_bias'], r['uses_bias_labels']) == (4, 'none', False)
+
+def test_what_follows_from_the_groups(run):
+    "The accuracy of every group and its images, and all that is said of a network from these."
+    for r in rows(run).values():
+        count = np.array(r['group_count'])
+        assert r['format'] == 2 and count.shape == (10,10) and count.sum() == r['n_test']
+        for k,table in enumerate(r['group_accuracy']):
+            table = np.array(table, float)
+            apart = np.nanmax(table, 1)-np.nanmin(table, 1)
+            diagonal = np.eye(10, dtype=bool)
+            means = dict(accuracy=np.nansum(table*count)/count.sum(), aligned=np.nansum((table*count)[diagonal])/count[diagonal].sum(),
+                         conflicting=np.nansum((table*count)[~diagonal])/count[~diagonal].sum(),
+                         worst_group=np.nanmin(table), deo_m=apart.max(), deo_a=apart.mean())
+            for name,v in means.items(): assert abs(r[name][k]-v) < 1e-6, name
+        at = r['inputs']
+        assert at['size'] == 28 and len(at['mean']) == len(at['std']) == 3 and at['labels'] == [str(o) for o in range(10)]
 
 def test_uniform_weights_are_blind(run):
     r = next(r for r in rows(run).values() if r['weighting']=='uniform')
