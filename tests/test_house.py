@@ -64,6 +64,12 @@ def test_imports_go_down():
             floor = p.parent.name if n.level == 1 else n.module.split('.')[0]
             assert FLOORS.index(floor) <= here, f"{p.relative_to(ROOT)} imports {n.module}"
 
+@pytest.mark.parametrize('path', [p for folder in ('nbs','paper_figures') for p in sorted((ROOT/folder).rglob('*.ipynb')) if 'parameters' in p.read_text(encoding='utf-8') and (folder != 'nbs' or p.name == 'run.ipynb') and not {'runs','smoke'} & set(p.parts)], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_one_cell_takes_the_parameters(path):
+    "Without the tag papermill runs the defaults in silence; an executed copy can be run again too."
+    tags = [c['metadata'].get('tags', []) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+    assert sum('parameters' in o for o in tags) == 1
+
 def test_at_most_ten_floors():
     "The longest chain of imports within the package, in modules."
     below = {}

@@ -59,15 +59,11 @@ class Base(BaseModel):
     "Frozen and strict; complaints in our words, all at once."
     model_config = ConfigDict(frozen=True, strict=True, extra='forbid', validate_default=False, allow_inf_nan=False)
 
-    def __init__(self,
-        **given, # settings by name
-    ):
+    def __init__(self, **given): # settings by name
         try: super().__init__(**given)
         except ValidationError as e: raise ValueError('; '.join(complaint(o, type(self)) for o in e.errors())) from None
 
-    def but(self,
-        **changes, # settings by name
-    ):
+    def but(self, **changes): # settings by name
         "The same with some values changed, unchecked."
         return self.model_copy(update=changes)
 
