@@ -89,6 +89,8 @@ def result(folder): return {p.name: {k: v for k,v in json.loads(p.read_text()).i
 def test_a_row_once_a_kill_and_two_at_once(copy):
     target, smoke = 'figure_overhead', ('--workflow-profile','profiles/smoke')       # the page that needs one row
     snakemake(*smoke, target, cwd=copy); done = result(copy/'smoke'); assert len(done) == 1 and (copy/'smoke/figure_overhead.png').exists()
+    page = json.loads((copy/f'smoke/executed/{target}.ipynb').read_text())          # can be run again with other parameters
+    assert sum('parameters' in c['metadata'].get('tags', []) for c in page['cells']) == 1
     assert set(jobs(snakemake('-n', *smoke, target, cwd=copy))) <= {target}
     row, = (copy/'smoke/rows').glob('*.json'); row.unlink(); shutil.rmtree(copy/'smoke/runs')
     assert jobs(snakemake('-n', *smoke, target, cwd=copy)) == {'rows_cmnist_5pct_seed0': 1, f'page_{target}': 1, target: 1}
