@@ -176,17 +176,22 @@ def class_index(
 def draw_batch(
     index:list,    # of each class, the indices of its samples
     n:int,         # how many of each class
-    p:Tensor=None, # (all samples,) relative probability; None: evenly, without replacement
+    p:Tensor=None, # (all samples,) relative probability within a class; None: evenly, without replacement
     *,
     generator:torch.Generator, # says which; a CPU one
 )->Tensor:         # (classes, n) indices
     "Indices of `n` samples of every class."
-    def weighted(i): return torch.multinomial(p[i].cpu().double(), n, True, generator=generator)
-    def shuffled(i): return torch.randperm(len(i), generator=generator)
-    def one(i):
-        if p is not None: return i[weighted(i).to(i.device)]
-        return torch.cat([i[shuffled(i).to(i.device)] for _ in range(-(-n//len(i)))])[:n]
-    return torch.stack([one(i) for i in index])
+    def even(i): return torch.cat([torch.randperm(len(i), generator=generator) for _ in range(-(-n//len(i)))])[:n]
+    places = [even(i) for i in index]
+    if p is not None: places = [_redraw(at, p[i].cpu().double(), generator) for at,i in zip(places, index)]
+    return torch.stack([i[at.to(i.device)] for at,i in zip(places, index)])
+
+def _redraw(at, p, generator):
+    "An even draw turned into one by relative probability `p`, which keeps what it can."
+    w = p/p.mean()
+    lost = torch.rand(len(at), dtype=w.dtype, generator=generator) >= w[at]
+    if lost.any(): at[lost] = torch.multinomial((w-1).clamp(min=0), int(lost.sum()), True, generator=generator)
+    return at
 
 # %% ../../nbs/weights/03_weighting.ipynb #565a86f3
 def draw_initial(
