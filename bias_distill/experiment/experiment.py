@@ -338,7 +338,7 @@ def _row(self:Experiment, run, result:dict, costs:dict)->dict:
         n_train=len(self.train), n_test=len(self.test),
         loss=loss[:1]+loss[-1:], uses_bias_labels=WEIGHTINGS[run.weighting].sees_labels,
         beside=self._beside(run), seconds=seconds, memory_mb=memory,
-        peak_memory_mb=max(memory.values()), device=device_name(self.device),
+        peak_memory_mb=max(memory.values()), device=device_name(self.device), how=self.store.how,
         made=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())) | self.made_with | dict(command=command(run))
 
 # %% ../../nbs/experiment/07_experiment.ipynb #60521152

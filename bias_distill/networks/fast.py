@@ -9,13 +9,15 @@ __all__ = ['fast_dtype', 'autocast', 'can_compile', 'compiled', 'bite', 'channel
 import contextlib, functools, logging, os, shutil, warnings
 import torch
 from torch import Tensor
+from ..data.kept import cache_dir
 
 # %% ../../nbs/networks/02_fast.ipynb #d33ffdd0
 @functools.cache
 def fast_dtype(
     device:str='cpu', # device type
 )->torch.dtype:       # bfloat16 where the hardware has it, else float32
-    "The dtype for matching and for training: detected, never assumed."
+    "The dtype for matching and for training: detected, never assumed; float32 where BIAS_DISTILL_FLOAT32 is set."
+    if os.environ.get('BIAS_DISTILL_FLOAT32'): return torch.float32
     if device=='cuda':
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     has = any(getattr(torch.cpu, f, lambda: False)() for f in ('_is_avx512_bf16_supported','_is_amx_tile_supported'))
@@ -46,6 +48,7 @@ def compiled(
     "`f` compiled for fixed shapes and run in `fast_dtype`; `f` itself where that is switched off or impossible."
     if not on or not can_compile(): return f
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)   # says at length that a CPU is no GPU
+    os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(cache_dir()/'compiled'))
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     g = torch.compile(f, dynamic=False)
     if exact: return g
