@@ -102,10 +102,12 @@ def test_oracle_and_random_images_beside(tmp_path):
     assert 'supcon' not in rows[3]['seconds'] and 'supcon' in rows[1]['seconds'] and rows[3]['auroc'] == 1 and rows[2]['weight_on_conflicting'] > .85
     alone, = finish(job(complete(profile='smoke', ipc=2, weighting='oracle'), out_dir=str(tmp_path/'alone'), compare=False))
     assert {k: v for k,v in alone.items() if k not in ('beside','seconds','memory_mb','peak_memory_mb','made')} == {k: v for k,v in rows[3].items() if k not in ('beside','seconds','memory_mb','peak_memory_mb','made')}
-    e = job(complete(profile='smoke', ipc=2, distiller='random', weighting='uniform'), out_dir=str(tmp_path)); row, = finish(e)
-    assert row['loss'] == [] and row['iterations'] == 0
-    x = (e.synthetic[e.run]*255).round().byte().flatten(0,1)                          # they are real images
-    assert all((e.data.train.x[e.data.train.y==k//2] == x[k]).flatten(1).all(1).any() for k in range(20))
+    for distiller in ('random','kmeans'):
+        e = job(complete(profile='smoke', ipc=2, distiller=distiller, weighting='kde_draw'), out_dir=str(tmp_path)); rows = finish(e)
+        assert [(r['weighting'], r['loss'], r['iterations']) for r in rows] == [('uniform',[],0), ('kde_draw',[],0)]
+        for o in e.synthetic.values():                                                  # they are real images
+            x = (o*255).round().byte().flatten(0,1)
+            assert all((e.data.train.x[e.data.train.y==k//2] == x[k]).flatten(1).all(1).any() for k in range(20))
 
 def test_no_labels_reach_a_method(monkeypatch, tmp_path):
     "Every label-free weighting gives the same on a set whose bias labels are shuffled."

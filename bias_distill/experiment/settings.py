@@ -185,10 +185,10 @@ def facts(
     run,    # what is known of it: dataset, distiller, weighting, debiaser, network, profile
 )->dict:    # what conditions can ask for
     "What a line of `DEFAULTS` can ask about a run."
-    way, net = WEIGHTINGS[run.weighting], NETWORKS[run.network or 'convnet']
+    way, how, net = WEIGHTINGS[run.weighting], DISTILLERS[run.distiller], NETWORKS[run.network or 'convnet']
     chosen = {k: getattr(run, k) for k in ('profile','dataset','distiller','debiaser','network','weighting')}
-    return chosen | dict(draws=way.draws, finds_variance=way.finds_variance, whole=DISTILLERS[run.distiller].whole,
-                         mlp=net.mlp, debiased=run.debiaser!='none')
+    return chosen | dict(draws=way.draws, finds_variance=way.finds_variance, mlp=net.mlp, debiased=run.debiaser!='none',
+                         distills=how.steps is not None, whole=how.whole)
 
 def holds(
     when:dict,  # fact -> a value, or a tuple of values
@@ -221,7 +221,7 @@ DEFAULTS = [ # (when, values)
 
 # %% ../../nbs/experiment/02_settings.ipynb #980355a3
 DEFAULTS += [
-    (dict(distiller=('random','kmeans','none')), dict(iterations=0)),
+    (dict(distills=False), dict(iterations=0)),
     (dict(whole=True, profile='smoke'), dict(eval_epochs=1)),
     (dict(whole=True, profile='laptop'), dict(eval_epochs=3)),
     (dict(whole=True, profile='paper'), dict(eval_epochs=100)),

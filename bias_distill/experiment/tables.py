@@ -87,6 +87,7 @@ class View:
     "What a weighting can look at, of every training image."
     see:object        # (images, labels, classes, **settings, compile, progress, seed) to a tensor or {'z': tensor}
     settings:tuple=() # the run's settings that it takes, as `encoder_steps`; handed over without `encoder_`
+    steps:int=0       # of training, about, where it has no setting for that; for estimates
 
 STEPPED = ('encoder_steps','encoder_width')
 VIEWS = dict(
@@ -95,7 +96,7 @@ VIEWS = dict(
     random=View(random_view, ('encoder_width',)),
     cross_entropy=View(classifier_view, STEPPED),
     errors=View(errors_view, STEPPED),
-    chosen=View(chosen_view, ('encoder_tau','encoder_width')),
+    chosen=View(chosen_view, ('encoder_tau','encoder_width'), steps=300),
     selecmix=View(selecmix_view, STEPPED),
     lff=View(lff_view, STEPPED),
     dfa=View(dfa_view, STEPPED))

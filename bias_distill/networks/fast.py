@@ -40,6 +40,15 @@ def can_compile()->bool:
     return False
 
 # %% ../../nbs/networks/02_fast.ipynb #ee37bdd9
+def _keep_compiled():
+    "Say where compiled code is kept: in the cache folder, unless that was said already or cannot be written to."
+    if 'TORCHINDUCTOR_CACHE_DIR' in os.environ: return
+    try:
+        folder = cache_dir()/'compiled'
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError): return
+    if os.access(folder, os.W_OK): os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(folder)
+
 def compiled(
     f,                # function of tensors
     on:bool=True,     # False: `f` itself
@@ -48,7 +57,7 @@ def compiled(
     "`f` compiled for fixed shapes and run in `fast_dtype`; `f` itself where that is switched off or impossible."
     if not on or not can_compile(): return f
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)   # says at length that a CPU is no GPU
-    os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(cache_dir()/'compiled'))
+    _keep_compiled()
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     g = torch.compile(f, dynamic=False)
     if exact: return g
