@@ -31,7 +31,7 @@ def paint(
     part:str,    # of `PARTS`: what is painted; the other is black
     hard:bool,   # cut the figure out at grey 128; else softly, by its brightness
 )->Tensor:       # (n, 3, h+4, w+4) uint8, the figure in the middle
-    "Figures in the colour of their bias on black, or black figures on that colour; a ValueError for what does not fit."
+    "Figures in the colour of their bias on black, or black ones on that colour; a ValueError for what does not fit."
     lookup('part', part, PARTS)
     if grey.ndim != 3 or grey.dtype != torch.uint8:
         raise ValueError(f"grey must be (n, h, w) uint8, got {tuple(grey.shape)} {grey.dtype}")
@@ -60,7 +60,7 @@ def painted(
     seed:int,       # names every random choice
     split:str,      # what judges: 'test', or 'validation' (1/12 of the training images)
 )->BiasedDataset:   # of 32x32 images where `h` and `w` are 28
-    "Grey images painted in the colour of their class (FairDD 2025); `{how}` in its source stands for where they are from."
+    "Grey images in the colour of their class (FairDD 2025); `{how}` in its source stands for where they are from."
     x,y,tx,ty = images
     named,source = functools.partial(seeded, seed, 'painted'),'{how}'
     if split == 'validation':
@@ -97,7 +97,8 @@ def cmnist_fg(
     download:bool=True, # see `find_mnist`
 )->BiasedDataset:      # of 32x32 images, 10 digits, 10 colours
     "C-MNIST (FG) of FairDD (NeurIPS 2025): saturated digits on black."
-    return _digits(cmnist_fg, part='figure', conflict=conflict, seed=seed, data_dir=data_dir, split=split, download=download)
+    given = dict(conflict=conflict, seed=seed, data_dir=data_dir, split=split, download=download)
+    return _digits(cmnist_fg, part='figure', **given)
 
 def cmnist_bg(
     conflict:float=.1, # share of training images whose colour conflicts, 0 to 1
@@ -107,7 +108,8 @@ def cmnist_bg(
     download:bool=True, # see `find_mnist`
 )->BiasedDataset:      # of 32x32 images, 10 digits, 10 colours
     "C-MNIST (BG) of FairDD (NeurIPS 2025): black digits on a saturated ground."
-    return _digits(cmnist_bg, part='background', conflict=conflict, seed=seed, data_dir=data_dir, split=split, download=download)
+    given = dict(conflict=conflict, seed=seed, data_dir=data_dir, split=split, download=download)
+    return _digits(cmnist_bg, part='background', **given)
 
 # %% ../../nbs/data/07_painted.ipynb #9a1c001e
 def cfmnist_fg(
@@ -118,7 +120,8 @@ def cfmnist_fg(
     download:bool=True, # see `find_fmnist`
 )->BiasedDataset:      # of 32x32 images, 10 garments, 10 colours
     "C-FMNIST (FG) of FairDD (NeurIPS 2025): saturated garments on black."
-    return _garments(cfmnist_fg, part='figure', conflict=conflict, seed=seed, data_dir=data_dir, split=split, download=download)
+    given = dict(conflict=conflict, seed=seed, data_dir=data_dir, split=split, download=download)
+    return _garments(cfmnist_fg, part='figure', **given)
 
 def cfmnist_bg(
     conflict:float=.1, # share of training images whose colour conflicts, 0 to 1
@@ -128,4 +131,5 @@ def cfmnist_bg(
     download:bool=True, # see `find_fmnist`
 )->BiasedDataset:      # of 32x32 images, 10 garments, 10 colours
     "C-FMNIST (BG) of FairDD (NeurIPS 2025): black garments on a saturated ground."
-    return _garments(cfmnist_bg, part='background', conflict=conflict, seed=seed, data_dir=data_dir, split=split, download=download)
+    given = dict(conflict=conflict, seed=seed, data_dir=data_dir, split=split, download=download)
+    return _garments(cfmnist_bg, part='background', **given)
