@@ -36,10 +36,11 @@ TRAIN = '{pct}/{side}/{c}'
 def _paths(split, pattern, pct):
     "Where each image of a split goes, relative to the set's folder."
     digits = len(str(max(len(split)-1, 0)))
-    def path(i, c, k):
-        folder = pattern.format(pct=pct, c=c, side='align' if c == k else 'conflict')
+    def path(i, c, k, against):
+        folder = pattern.format(pct=pct, c=c, side='conflict' if against else 'align')
         return f'{folder}/{i:0{digits}}_{c}_{k}.png'
-    return [path(i, c, k) for i,(c,k) in enumerate(zip(split.y.tolist(), split.b.tolist()))]
+    rows = zip(split.y.tolist(), split.b.tolist(), split.conflicting.tolist())
+    return [path(i, *row) for i,row in enumerate(rows)]
 
 # %% ../../nbs/data/14_layout.ipynb #a6368b65
 def _check_parts(
@@ -116,8 +117,9 @@ def _names(top):
     try:
         said = json.loads(path.read_text())
         names = {k: list(map(str, said[k])) for k in ('classes','biases','kinds')}
+        if 'usual' in said: names['usual'] = [int(said['usual'][i]) for i in range(len(names['classes']))]
         return names | dict(sources=dict(said['sources']))
-    except (ValueError, KeyError, TypeError, OSError) as e:
+    except (ValueError, LookupError, TypeError, OSError) as e:
         raise ValueError(f"{path}: expected classes, biases, kinds and sources, found something else. "
                          "It is damaged, and may be deleted") from e
 
@@ -125,10 +127,11 @@ def _merged(top, data, pct):
     "`names.json` with this ratio in it."
     biases = data.biases or map(str, data.classes)
     mine,there = dict(classes=list(data.classes), biases=list(biases), kinds=list(data.kinds)),_names(top)
+    if data.train.usual is not None: mine['usual'] = data.train.usual.tolist()
     for k,o in mine.items():
         old = there.get(k, o)
-        if old != o: raise FileExistsError(
-            f"{top} {_OTHER}: its {k} are {', '.join(old)}, here {', '.join(o)}. Name another root")
+        if old != o: raise FileExistsError(f"{top} {_OTHER}: its {k} are {', '.join(map(str, old))}, "
+                                           f"here {', '.join(map(str, o))}. Name another root")
     return mine | dict(sources=there.get('sources', {}) | {pct: data.source})
 
 # %% ../../nbs/data/14_layout.ipynb #4c867fe4
@@ -165,16 +168,17 @@ def write_layout(
 # %% ../../nbs/data/14_layout.ipynb #e418c33c
 NAME,PARTS = re.compile(r'(.*)_(\d+)_(\d+)\.(?:png|jpg)'),('train','test','validation')
 
-def _read_name(where, folder, inside, name, part):
+def _read_name(where, folder, inside, name, part, usual=None):
     "What the name of a file says: (its place in the order, label, bias), checked against the folders inside `folder`."
     if not (m := NAME.fullmatch(name)):
         raise ValueError(f"{where}: expected a name like <idx>_<label>_<bias>.png (or .jpg)")
     c,k = int(m[2]),int(m[3])
-    side = 'align' if c == k else 'conflict'
+    expected = c if usual is None else dict(enumerate(usual)).get(c)
+    side = 'align' if expected == k else 'conflict'
     want = [side, str(c)] if part == 0 else [str(c)]
     if inside != want and (part == 0 or inside): raise ValueError(
         f"{where}: the name says label {c} and bias {k}, so it should be in {folder}/{'/'.join(want)}, "
-        "aligned files having label = bias")
+        f"aligned files having {'label = bias' if usual is None else f'bias {expected} in this class'}")
     return (0, int(m[1]), '') if m[1].isdigit() else (1, 0, m[1]), c, k
 
 def _read_names(
@@ -183,11 +187,11 @@ def _read_names(
     part:int,   # index into PARTS
 )->list:        # of (part, path relative to `root`, label, bias), in order
     "The images of one part with what their names say, checked against their folders."
-    res = []
+    res,usual = [],_names(root).get('usual')
     for o in listing(root/folder)[0]:
         *inside,name = o.split('/')
         if part == 0 and inside[:1] == ['valid']: continue
-        order,c,k = _read_name(root/folder/o, folder, inside, name, part)
+        order,c,k = _read_name(root/folder/o, folder, inside, name, part, usual)
         res.append((order, f'{folder}/{o}', c, k))
     return [(part, *o[1:]) for o in sorted(res)]
 
@@ -268,7 +272,7 @@ def layout(
     data_dir:str|Path|None=None, # the set's folder, that holds <pct>/ and test/; BIAS_DISTILL_DATA is not looked at
     split:str='test',     # what judges: 'test' or 'validation'
     size:int|None=None,   # pixels a side, 28, 32 or 64: the middle square, shrunk; None: as they are
-)->BiasedDataset:         # bias value c is the one that class c usually carries
+)->BiasedDataset:         # class c usually carries bias value c, or what `names.json` says
     "A set as DFA's code has it on disk (Lee et al. 2021), and `write_layout` writes it."
     check_share(conflict)
     seeded(seed)
@@ -278,9 +282,12 @@ def layout(
     root = named(data_dir, 'the folder of a set, that holds <pct>/{align,conflict}/<class>/*.png and test/')
     pct = _percent(conflict)
     valid = _folders(root, pct, split)
-    digest = files_digest(root, _files(root, pct, valid), valid, recipe(layout))
+    usual = _names(root).get('usual')
+    digest = files_digest(root, _files(root, pct, valid), valid, recipe(layout), *[usual]*(usual is not None))
     t,_ = kept(f'layout-{pct}-{size}-{digest}', lambda: _pictures(root, pct, valid, size))
-    train,judge = (Split(*(t[o][t['part'] == PARTS.index(part)] for o in 'xyb')) for part in ('train',split))
+    table = None if usual is None else torch.tensor(usual)
+    masks = (t['part'] == PARTS.index(part) for part in ('train',split))
+    train,judge = (Split(t['x'][m], t['y'][m], t['b'][m], table) for m in masks)
     told = _told(root, t['y'], t['b'])
     source = (f"{told['sources'].get(pct, 'a set')}; read from files, {pct}, {len(train):,} + {len(judge):,}, "
               f"{t['x'].shape[-1]} px{', judged by its validation set'*(split == 'validation')}")

@@ -12,6 +12,28 @@ import matplotlib.pyplot as plt, torch, torch.nn.functional as F
 from torch import Tensor
 from .names import check_share
 
+# %% ../../nbs/data/01_split.ipynb #5e11a0d0
+def _check_tensors(x, y, b):
+    "Refuse images, labels and biases that do not fit together."
+    if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f"x must be (n, 3, h, w), got {tuple(x.shape)}")
+    if x.dtype != torch.uint8: raise ValueError(f"x must be uint8, 0 to 255, got {x.dtype}")
+    for k,v in dict(y=y, b=b).items():
+        if v is None and k == 'b': continue
+        several = k == 'b' and v.ndim == 2 and len(v) == len(x) and v.shape[1] > 1
+        if v.shape != x.shape[:1] and not several:
+            raise ValueError(f"{k} must be ({len(x)},) to match x, got {tuple(v.shape)}")
+        if v.dtype != torch.int64: raise ValueError(f"{k} must be int64, got {v.dtype}")
+
+def _check_usual(usual, y, b):
+    "Refuse a table that does not fit labels and biases."
+    if b is None: raise ValueError("usual says which bias value a class usually carries: expected b with it, got None")
+    if usual.dtype != torch.int64: raise ValueError(f"usual must be int64, got {usual.dtype}")
+    want = '(classes,)' if b.ndim == 1 else f'(classes, {b.shape[1]})'
+    if usual.shape[1:] != b.shape[1:] or usual.ndim != b.ndim:
+        raise ValueError(f"usual must be {want} to match b, got {tuple(usual.shape)}")
+    if len(y) and y.max() >= len(usual):
+        raise ValueError(f"usual must name a value for each class, got {len(usual)}, and y is up to {y.max()}")
+
 # %% ../../nbs/data/01_split.ipynb #23aa4a54
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -21,16 +43,8 @@ class Split:
     b:Tensor|None=None  # (n,) int64 bias, or (n, k) for k biases
     usual:Tensor|None=None # (classes,) int64, or (classes, k): what a class usually carries; None: class c value c
     def __post_init__(self):
-        x,y,b = self.x,self.y,self.b
-        if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f"x must be (n, 3, h, w), got {tuple(x.shape)}")
-        if x.dtype != torch.uint8: raise ValueError(f"x must be uint8, 0 to 255, got {x.dtype}")
-        for k,v in dict(y=y, b=b).items():
-            if v is None and k == 'b': continue
-            several = k == 'b' and v.ndim == 2 and len(v) == len(x) and v.shape[1] > 1
-            if v.shape != x.shape[:1] and not several:
-                raise ValueError(f"{k} must be ({len(x)},) to match x, got {tuple(v.shape)}")
-            if v.dtype != torch.int64: raise ValueError(f"{k} must be int64, got {v.dtype}")
-        if self.usual is not None: _check_usual(self.usual, y, b)
+        _check_tensors(self.x, self.y, self.b)
+        if self.usual is not None: _check_usual(self.usual, self.y, self.b)
     def __len__(self): return len(self.y)
     def __repr__(self):
         known = self.b is not None and len(self)
@@ -48,16 +62,6 @@ class Split:
         return replace(self, x=self.x[i], y=self.y[i], b=None if self.b is None else self.b[i])
     def to(self, device)->'Split': # the same on a device, such as 'cpu'
         return Split(*(None if t is None else t.to(device) for t in (self.x, self.y, self.b, self.usual)))
-
-def _check_usual(usual, y, b):
-    "Refuse a table that does not fit labels and biases."
-    if b is None: raise ValueError("usual says which bias value a class usually carries: expected b with it, got None")
-    if usual.dtype != torch.int64: raise ValueError(f"usual must be int64, got {usual.dtype}")
-    want = '(classes,)' if b.ndim == 1 else f'(classes, {b.shape[1]})'
-    if usual.shape[1:] != b.shape[1:] or usual.ndim != b.ndim:
-        raise ValueError(f"usual must be {want} to match b, got {tuple(usual.shape)}")
-    if len(y) and y.max() >= len(usual):
-        raise ValueError(f"usual must name a value for each class, got {len(usual)}, and y is up to {y.max()}")
 
 # %% ../../nbs/data/01_split.ipynb #94ff7847
 @dataclass(frozen=True, eq=False)
