@@ -178,6 +178,9 @@ def _state(self:Experiment, run)->dict:
     path, name = self.store.stage(run, 'distill'), self.weightings[run].name
     if not path.exists():
         fresh = start(self.train, [self.weightings[run]], run.ipc, run.init, self.classes, run.seed)
+        if select := DISTILLERS[run.distiller].select:
+            fresh['x'][name] = select(self.train, self.weightings[run], run.ipc, self.classes, run.width, self.compile,
+                                      seed=run.seed)
         return fresh | dict(seconds=0., memory=0., experts=None)
     tensors, meta = load_tensors(path)
     t = {k: v.to(self.device) for k,v in tensors.items()}

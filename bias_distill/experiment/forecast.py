@@ -54,7 +54,7 @@ def no_passes(
     "Nothing is distilled."
     return 0, 0
 
-PASSES = dict(dm=dm_passes, mtt=trajectory_passes, random=no_passes, none=no_passes)
+PASSES = dict(dm=dm_passes, mtt=trajectory_passes, random=no_passes, kmeans=no_passes, none=no_passes)
 
 # %% ../../nbs/experiment/08_forecast.ipynb #b49e1717
 @patch
@@ -119,6 +119,7 @@ def outline(
     "What a run's distillation will do, in words."
     method = DISTILLERS[run.distiller]
     if method.whole: return 'no distillation: networks train on the training set itself'
+    if not method.steps: return f'no distillation: {classes} x {run.ipc} {method.title}'
     n, per = f'{total_steps(run):,} steps', f'{classes} x {run.ipc} images'
     if method.experts:
         return (f'{run.experts} experts on the real images, {run.expert_epochs} snapshots of each; '

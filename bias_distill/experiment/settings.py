@@ -77,7 +77,7 @@ class What(Base):
         wanted=SHARE, ge=0, le=1)
     ipc:int = setting('synthetic images per class', 10, ge=1)
     distiller:one_of('distiller', DISTILLERS) = setting(
-        "'dm', 'dc', 'dsa', 'mtt'; 'random': real images at random; 'none': the training set", 'dm')
+        "'dm', 'dc', 'dsa', 'mtt'; real images: 'random', 'kmeans', or 'none' (all of the set)", 'dm')
     weighting:one_of('weighting', WEIGHTINGS) = setting(
         "'kde' (the paper's), 'uniform' (vanilla), 'gap_draw' (ours); others: see the docs", 'kde')
     debiaser:one_of('debiaser', DEBIASERS) = setting(
@@ -221,7 +221,7 @@ DEFAULTS = [ # (when, values)
 
 # %% ../../nbs/experiment/02_settings.ipynb #980355a3
 DEFAULTS += [
-    (dict(distiller=('random','none')), dict(iterations=0)),
+    (dict(distiller=('random','kmeans','none')), dict(iterations=0)),
     (dict(whole=True, profile='smoke'), dict(eval_epochs=1)),
     (dict(whole=True, profile='laptop'), dict(eval_epochs=3)),
     (dict(whole=True, profile='paper'), dict(eval_epochs=100)),

@@ -18,6 +18,7 @@ from ..data.layout import layout
 from ..data.names import lookup
 from ..debias.dfa import dfa, dfa_view, lff_view
 from ..debias.selecmix import selecmix, selecmix_view
+from ..distill.coreset import coreset
 from ..distill.dm import dm
 from ..distill.dsa import dc, dsa
 from ..distill.mtt import mtt
@@ -153,6 +154,7 @@ class Method:
     "A distiller to choose by name."
     steps:object|None=None # generator of states; None: it takes no step
     title:str=''           # what tables call it
+    select:object|None=None # function that chooses real images, as `coreset`; None: they are drawn at random
     settings:tuple=()      # the run's settings that `steps` takes beyond the common ones
     experts:tuple=()       # settings of networks that it first trains on the real images, and follows; (): none
     weighs:str='mean'      # where weights enter: 'mean' (and draw), 'draw' alone, or 'never'
@@ -171,10 +173,11 @@ EXPERTS = ('experts','expert_epochs','epoch_steps','lr_net')
 STUDENT = ('lr_net','ahead','latest_start','student_steps','lr_lr')
 DISTILLERS = dict(
     dm=Method(dm, 'DM', across=('ipc',)),
-    dc=Method(dc, 'DC', LOOPED, augments='never'),
-    dsa=Method(dsa, 'DSA', LOOPED, augments='always'),
-    mtt=Method(mtt, 'MTT', STUDENT, EXPERTS),
+    dc=Method(dc, 'DC', settings=LOOPED, augments='never'),
+    dsa=Method(dsa, 'DSA', settings=LOOPED, augments='always'),
+    mtt=Method(mtt, 'MTT', settings=STUDENT, experts=EXPERTS),
     random=Method(None, 'real images at random', weighs='draw'),
+    kmeans=Method(None, 'real images by k-means', coreset, weighs='draw'),
     none=Method(None, 'the training set', weighs='never', whole=True))
 
 # %% ../../nbs/experiment/01_tables.ipynb #c4b0e4c0

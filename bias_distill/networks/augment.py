@@ -168,7 +168,8 @@ def augment(
 STRATEGY = {                   # (distiller, dataset) -> strategy, where it is not the authors' own; None: any dataset
     ('dc', None): 'none',
     ('dm', 'cmnist'): 'none',
-    ('random', 'cmnist'): 'none'}
+    ('random', 'cmnist'): 'none',
+    ('kmeans', 'cmnist'): 'none'}
 DIGITS = ('cmnist',)           # a mirrored digit is no digit
 
 def default_strategy(

@@ -12,7 +12,7 @@ from ..data.kept import write_atomic
 from ..data.names import lookup
 from ..experiment.experiment import experiment
 from ..experiment.settings import Run
-from .sweep import cell_name, estimates, run_of, sweep
+from .sweep import NEEDS, cell_name, estimates, run_of, sweep
 
 # %% ../../nbs/results/07_jobs.ipynb #4908a809
 def job_name(
@@ -79,4 +79,4 @@ def main(
     "Make the rows of a job of the sweep."
     how = json.loads(how)
     data_dir = how.pop('data_dir', None)
-    make(names, sweep(**how), rows, out_dir, data_dir)
+    make(names, sweep(NEEDS, **how), rows, out_dir, data_dir)
