@@ -48,6 +48,17 @@ def utk_files():
     counts = {(25,1):560, (50,0):560, (25,0):520, (50,1):520}
     return {f'UTKFace/{age}_{g}_0_2017{i:06}{age}{g}000.jpg.chip.jpg': picture(10_000*age+5_000*g+i, 64, 'jpeg') for (age,g),m in counts.items() for i in range(m)}
 
+def race_files():
+    "Three ages, four races, one of which is most frequent at every age."
+    ages = (10,30,50)
+    return {f'UTKFace/{age}_0_{race}_2017{i:06}{age}{race}000.jpg.chip.jpg': picture(10_000*age+1000*race+i, 64, 'jpeg') for age in ages for race in range(4) for i in range(40 if race==0 else 12)}
+
+def celeba(root, n=80):
+    lines = [f'{i:06}.jpg '+' '.join('1' if o else '-1' for o in (i%2, i%2 if i%10 else 1-i%2, i%3==0)) for i in range(1, n+1)]
+    for i in range(1, n+1): put(root/'celeba'/'img_align_celeba'/f'{i:06}.jpg', picture(i, 70, 'jpeg'))
+    put(root/'celeba'/'list_attr_celeba.txt', '\n'.join([str(n), 'Blond_Hair Male Smiling', *lines]).encode())
+    return root
+
 def bffhq(root, pct='5pct'):
     i = 0
     for folder,counts in ((pct,(38,2)), ('valid',(4,4)), ('test',(6,6))):
@@ -66,6 +77,9 @@ def own(root, classes=('cats','dogs','owls'), n=20):
 MADE = dict(
     cmnist=lambda d: ({}, None), bg_fmnist=lambda d: ({}, garments(d)), corrupted_cifar10=lambda d: ({}, tar(d/'cifar10.tar.gz', cifar_files())),
     bffhq=lambda d: (dict(conflict=.05), bffhq(d)), utkface=lambda d: (dict(size=32), tar(d/'UTKFace.tar.gz', utk_files())),
+    cmnist_fg=lambda d: ({}, None), cmnist_bg=lambda d: ({}, None), cfmnist_fg=lambda d: ({}, garments(d)), cfmnist_bg=lambda d: ({}, garments(d)),
+    cifar10_s=lambda d: ({}, tar(d/'cifar10.tar.gz', cifar_files())), utkface_race=lambda d: (dict(size=32), tar(d/'UTKFace.tar.gz', race_files())),
+    celeba=lambda d: (dict(size=32, target='Blond_Hair'), celeba(d)),
     folder=lambda d: ({}, own(d/'mine')), layout=lambda d: (dict(conflict=.05, size=32), bffhq(d)/'bffhq'))
 
 @pytest.fixture
@@ -86,11 +100,12 @@ def test_main_job(made, tmp_path):
     e = job(run, data_dir=data and str(data), out_dir=str(tmp_path/'runs'))
     rows = finish(e)
     assert [r['weighting'] for r in rows] == ['uniform','kde'] and everything(data) == before
-    labelled = name != 'folder'
+    labelled = DATASETS[name].labelled
     for r in rows:
         assert r['dataset'] == name and r['data'] == e.data.fingerprint and r['n_train'] == len(e.data.train) and str(tmp_path) not in json.dumps(r)
         for k in ('aligned','conflicting','worst_group'): assert (r[k] is not None) == labelled
-        assert (r['auroc'] is not None) == labelled == (r['weight_on_conflicting'] is not None) == (r['conflict'] is not None)
+        assert (r['auroc'] is not None) == labelled == (r['weight_on_conflicting'] is not None) and (r['conflict'] is None) == (DATASETS[name].conflict is None)
+        assert (r['deo_m'] is not None) == labelled
         assert all(0 <= a <= 100 for a in r['accuracy']) and all(r[k] == getattr(run, k) for k in DATASETS[name].settings)
     again = job(run, data_dir=data and str(data), out_dir=str(tmp_path/'runs'))     # from the cache
     assert again.data.fingerprint == e.data.fingerprint and finish(again) == rows
