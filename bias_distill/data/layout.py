@@ -259,8 +259,9 @@ def _files(root, pct, valid):
 # %% ../../nbs/data/14_layout.ipynb #679c16c3
 def _told(root, y, b):
     "What `names.json` says, with numbers for the names of classes and biases where it is missing."
-    names,n,m = _names(root),int(y.max())+1,int(torch.cat([y, b]).max())+1
-    if names and (len(names['classes']), len(names['biases'])) < (n, m): raise ValueError(
+    names,n = _names(root),int(y.max())+1
+    m = int((b if 'usual' in names else torch.cat([y, b])).max())+1
+    if names and (len(names['classes']) < n or len(names['biases']) < m): raise ValueError(
         f"{root/'names.json'}: names {len(names['classes'])} classes and {len(names['biases'])} biases, "
         f"and the images have {n} and {m}")
     return dict(classes=list(map(str, range(n))), biases=list(map(str, range(m))), kinds=['bias'], sources={}) | names
