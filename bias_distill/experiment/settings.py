@@ -71,7 +71,7 @@ class Base(BaseModel):
 class What(Base):
     "What is distilled, and how."
     dataset:one_of('dataset', DATASETS) = setting(
-        "'cmnist', 'bg_fmnist', 'corrupted_cifar10', 'utkface', others (see the docs); yours: 'folder', 'layout'", 'cmnist')
+        "'cmnist', 'bg_fmnist', 'corrupted_cifar10', 'utkface', ... (see the docs); yours: 'folder'", 'cmnist')
     conflict:float|None = setting(
         'share of bias-conflicting training images, 0 to 1; None: as the dataset comes, or 0.05',
         wanted=SHARE, ge=0, le=1)
@@ -293,8 +293,8 @@ def wrong_data(
         why = f'{run.dataset} has no bias labels for an oracle to read'
         bad.append(f'weighting={run.weighting!r}: {why}; expected {free}')
     if data.conflict is None and given.conflict is not None:
-        why = f'{run.dataset} ' + ('comes as it is' if data.labelled else 'has no bias labels') + ', so there is no ratio to set'
-        bad.append(f'conflict={given.conflict}: {why}; leave it out')
+        why = 'comes as it is' if data.labelled else 'has no bias labels'
+        bad.append(f'conflict={given.conflict}: {run.dataset} {why}, so there is no ratio to set; leave it out')
     if run.size not in (None, 28, 32, 64): bad.append(f'size={run.size}: expected 28, 32 or 64')
     for k in GROUPS["The dataset's own"]:
         if getattr(given, k) is None or k in data.settings: continue

@@ -21,7 +21,7 @@ from ..experiment.watch import read_row
 MEASURES = dict( # what is measured -> (its title in tables, digits)
     accuracy=('accuracy, %', 1), aligned=('aligned', 1), conflicting=('conflicting', 1), worst_group=('worst group', 1),
     auroc=('AUROC', 3), weight_on_conflicting=('weight on conflicting', 2), effective_share=('effective share', 2))
-FAIRNESS = dict(deo_m=('DEO_M', 1), deo_a=('DEO_A', 1)) # the largest difference between groups of a class, and the mean
+FAIRNESS = dict(deo_m=('DEO_M', 1), deo_a=('DEO_A', 1)) # of the groups of a class, see `unfairness`; lower is fairer
 USUAL = dict(network=None, debiaser='none') # plain training, judged by the usual ConvNet
 
 def frame(
@@ -30,7 +30,7 @@ def frame(
     "Rows as a DataFrame of Python objects."
     if isinstance(rows, DataFrame): return rows
     table = DataFrame([USUAL | r for r in rows], dtype=object)
-    table = table.reindex(columns=list(dict.fromkeys([*FIELDS, *MEASURES, *table.columns])))
+    table = table.reindex(columns=list(dict.fromkeys([*FIELDS, *MEASURES, *FAIRNESS, *table.columns])))
     return table.astype(object).where(table.notna(), None)
 
 # %% ../../nbs/results/01_rows.ipynb #97b61b46
@@ -133,7 +133,7 @@ def flat(
 )->DataFrame:   # a number for each measure, NaN for nothing; and a column `method`
     "Rows with each measure averaged over networks, and the method's title."
     rows = frame(rows)
-    numbers = {k: rows[k].map(average).astype(float) for k in MEASURES}
+    numbers = {k: rows[k].map(average).astype(float) for k in MEASURES | FAIRNESS}
     return rows.assign(**numbers, method=[method(r) for r in rows.to_dict('records')])
 
 # %% ../../nbs/results/01_rows.ipynb #5a5e5a60

@@ -41,7 +41,7 @@ def run_table(
     "The results of one experiment, a line a weighting, with the published number where we hold one."
     rows = frame(rows)
     records = rows.to_dict('records')
-    shown = {k: v for k,v in (MEASURES | FAIRNESS).items() if k in rows and rows[k].notna().any()}
+    shown = {k: v for k,v in (MEASURES | FAIRNESS).items() if rows[k].notna().any()}
     def column(what, digits): return [cell([r], what, digits) for r in records]
     table = DataFrame({title: column(k, digits) for k,(title,digits) in shown.items()})
     papers = [published(r) for r in records]
