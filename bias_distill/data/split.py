@@ -60,7 +60,9 @@ class Split:
         return self.b.view(len(self.y), -1) != expected.view(len(self.y), -1)
     def __getitem__(self, i)->'Split': # those images, for indices or a mask `i`
         return replace(self, x=self.x[i], y=self.y[i], b=None if self.b is None else self.b[i])
-    def to(self, device)->'Split': # the same on a device, such as 'cpu'
+    def to(self,
+        device, # to hold the tensors, such as 'cpu'
+    )->'Split': # the same there
         return Split(*(None if t is None else t.to(device) for t in (self.x, self.y, self.b, self.usual)))
 
 # %% ../../nbs/data/01_split.ipynb #94ff7847
