@@ -48,6 +48,17 @@ def utk_files():
     counts = {(25,1):560, (50,0):560, (25,0):520, (50,1):520}
     return {f'UTKFace/{age}_{g}_0_2017{i:06}{age}{g}000.jpg.chip.jpg': picture(10_000*age+5_000*g+i, 64, 'jpeg') for (age,g),m in counts.items() for i in range(m)}
 
+def race_files():
+    "Three ages, four races, one of which is most frequent at every age."
+    ages = (10,30,50)
+    return {f'UTKFace/{age}_0_{race}_2017{i:06}{age}{race}000.jpg.chip.jpg': picture(10_000*age+1000*race+i, 64, 'jpeg') for age in ages for race in range(4) for i in range(40 if race==0 else 12)}
+
+def celeba(root, n=80):
+    lines = [f'{i:06}.jpg '+' '.join('1' if o else '-1' for o in (i%2, i%2 if i%5 else 1-i%2, i%3==0)) for i in range(1, n+1)]
+    for i in range(1, n+1): put(root/'celeba'/'img_align_celeba'/f'{i:06}.jpg', picture(i, 70, 'jpeg'))
+    put(root/'celeba'/'list_attr_celeba.txt', '\n'.join([str(n), 'Blond_Hair Male Smiling', *lines]).encode())
+    return root
+
 def bffhq(root, pct='5pct'):
     i = 0
     for folder,counts in ((pct,(38,2)), ('valid',(4,4)), ('test',(6,6))):
@@ -66,6 +77,9 @@ def own(root, classes=('cats','dogs','owls'), n=20):
 MADE = dict(
     cmnist=lambda d: ({}, None), bg_fmnist=lambda d: ({}, garments(d)), corrupted_cifar10=lambda d: ({}, tar(d/'cifar10.tar.gz', cifar_files())),
     bffhq=lambda d: (dict(conflict=.05), bffhq(d)), utkface=lambda d: (dict(size=32), tar(d/'UTKFace.tar.gz', utk_files())),
+    cmnist_fg=lambda d: ({}, None), cmnist_bg=lambda d: ({}, None), cfmnist_fg=lambda d: ({}, garments(d)), cfmnist_bg=lambda d: ({}, garments(d)),
+    cifar10_s=lambda d: ({}, tar(d/'cifar10.tar.gz', cifar_files())), utkface_race=lambda d: (dict(size=32), tar(d/'UTKFace.tar.gz', race_files())),
+    celeba=lambda d: (dict(size=32, target='Blond_Hair'), celeba(d)),
     folder=lambda d: ({}, own(d/'mine')), layout=lambda d: (dict(conflict=.05, size=32), bffhq(d)/'bffhq'))
 
 @pytest.fixture
@@ -86,11 +100,12 @@ def test_main_job(made, tmp_path):
     e = job(run, data_dir=data and str(data), out_dir=str(tmp_path/'runs'))
     rows = finish(e)
     assert [r['weighting'] for r in rows] == ['uniform','kde'] and everything(data) == before
-    labelled = name != 'folder'
+    labelled = DATASETS[name].labelled
     for r in rows:
         assert r['dataset'] == name and r['data'] == e.data.fingerprint and r['n_train'] == len(e.data.train) and str(tmp_path) not in json.dumps(r)
         for k in ('aligned','conflicting','worst_group'): assert (r[k] is not None) == labelled
-        assert (r['auroc'] is not None) == labelled == (r['weight_on_conflicting'] is not None) == (r['conflict'] is not None)
+        assert (r['auroc'] is not None) == labelled == (r['weight_on_conflicting'] is not None) and (r['conflict'] is None) == (DATASETS[name].conflict is None)
+        assert (r['deo_m'] is not None) == labelled
         assert all(0 <= a <= 100 for a in r['accuracy']) and all(r[k] == getattr(run, k) for k in DATASETS[name].settings)
     again = job(run, data_dir=data and str(data), out_dir=str(tmp_path/'runs'))     # from the cache
     assert again.data.fingerprint == e.data.fingerprint and finish(again) == rows
@@ -208,7 +223,7 @@ def test_a_limit_that_is_no_number(value, tmp_path, monkeypatch):
 
 def refused(words, name, data, **kw):
     before = everything(data)
-    with pytest.raises((ValueError, FileNotFoundError)) as e: load(name, **dict(dict(conflict=None if name=='folder' else .05), **kw), data_dir=data)
+    with pytest.raises((ValueError, FileNotFoundError)) as e: load(name, **dict(dict(conflict=.05 if DATASETS[name].labelled else None), **kw), data_dir=data)
     assert not [w for w in words if w not in str(e.value)], str(e.value)
     assert everything(data) == before and not list(data.parent.parent.rglob('evil*'))
 
@@ -280,10 +295,92 @@ def test_faces_of_bad_names(tmp_path):
     few = {k: v for k,v in files.items() if not k.startswith('UTKFace/50_1')}
     refused(['are old and female'], 'utkface', tar(tmp_path/'few'/'UTKFace.tar.gz', few))
 
+# -- sets beside FairDD and COBRA
+
+def counts(split, n, m): return np.bincount(split.y*m+split.b, minlength=n*m).reshape(n, m)
+
+@pytest.mark.parametrize('made', ['cmnist_fg','cmnist_bg','cfmnist_fg','cfmnist_bg','cifar10_s'], indirect=True)
+def test_what_painted_and_grey_sets_promise(made):
+    "Exact shares in each class, even groups in the test set and in what validates; one seed, the same bytes."
+    name, given, data = made
+    m = 2 if name == 'cifar10_s' else 10
+    usual = np.array([0]*5+[1]*5) if name == 'cifar10_s' else np.arange(10)
+    d = load(name, data_dir=data)
+    assert d.train.x.shape[1:] == (3,32,32) and d.test.x.shape[1:] == (3,32,32) and len(d.biases) == m
+    for share in (None, .05, .3):
+        table = counts(load(name, share, data_dir=data).train, 10, m)
+        n, kept_usual = table.sum(1), table[np.arange(10),usual]
+        assert (n-kept_usual).tolist() == [round((share or .1)*o) for o in n]
+        rest = table.copy(); rest[np.arange(10),usual] = kept_usual//100+10**6
+        others = np.sort(rest, 1)[:,:-1]
+        assert (others.max(1)-others.min(1) <= 1).all()
+    for judge in (d.test, load(name, data_dir=data, split='validation').test):
+        table = counts(judge, 10, m)
+        assert (table.max(1)-table.min(1) <= 1).all() and abs(float(judge.conflicting.float().mean())-(1-1/m)) < .1
+    assert load(name, data_dir=data).fingerprint == d.fingerprint != load(name, seed=1, data_dir=data).fingerprint
+
+def test_figure_and_background_hold_the_same_colours(tmp_path):
+    "The figure is painted or the ground, each pixel as much as the other is not; in the middle of 32 pixels."
+    from bias_distill.data.painted import COLOURS
+    ink = torch.tensor(list(COLOURS.values()))
+    for kind,data in (('cmnist', None), ('cfmnist', garments(tmp_path))):
+        fg, bg = (load(f'{kind}_{o}', data_dir=data).train for o in ('fg','bg'))
+        assert torch.equal(fg.b, bg.b) and torch.equal(fg.y, bg.y)
+        assert ((fg.x.int()+bg.x)-ink[fg.b][:,:,None,None]).abs().max() <= (0 if kind == 'cmnist' else 1)
+        edge = torch.ones(32, 32, dtype=torch.bool); edge[2:-2,2:-2] = False
+        assert not fg.x[:,:,edge].any() and torch.equal(bg.x[:,:,edge], ink[bg.b].byte()[:,:,None].expand(-1,-1,int(edge.sum())))
+    hard = load('cmnist_fg').train
+    assert all(torch.isin(hard.x[hard.b==k].flatten(2).transpose(1,2).flatten(0,1).unique(dim=0), torch.tensor([0,128,255])).all() for k in range(10))
+
+def test_grey_twins_in_cifar10_s(tmp_path):
+    "Every test image is there twice, once without its colour; so is every image that validates."
+    data = tar(tmp_path/'cifar10.tar.gz', cifar_files())
+    clean = {Image.open(io.BytesIO(raw)).convert('RGB').tobytes() for k,raw in cifar_files().items() if '/test/' in k}
+    d, v = (load('cifar10_s', data_dir=data, split=o) for o in ('test','validation'))
+    def pixels(x): return x.permute(0,2,3,1).contiguous().numpy()
+    assert {o.tobytes() for o in pixels(d.test.x[d.test.b==1])} == clean and len(d.test) == 2*len(clean)
+    for s in (d.test, v.test):
+        for grey,colour in zip(pixels(s.x[s.b==0]), pixels(s.x[s.b==1])): assert (np.asarray(Image.fromarray(colour).convert('L').convert('RGB')) == grey).all()
+    assert len(v.train)+len(v.test)//2 == len(d.train)
+
+def test_the_twelve_groups_of_utkface_race(tmp_path):
+    "As many of each group judge, at most a third of the smallest; all others train; White is usual at every age."
+    data = tar(tmp_path/'UTKFace.tar.gz', race_files())
+    seen = []
+    for split in ('test','validation'):
+        d = load('utkface_race', data_dir=data, split=split, size=32)
+        assert counts(d.test, 3, 4).tolist() == [[4]*4]*3 and d.train.usual.tolist() == [0,0,0]
+        assert counts(d.train, 3, 4).tolist() == [[40-4*(1+(split=='validation'))]+[12-4*(1+(split=='validation'))]*3]*3
+        assert d.train.conflicting.tolist() == (d.train.b != 0).tolist()
+        seen.append({o.numpy().tobytes() for o in d.test.x})
+        assert not seen[-1] & {o.numpy().tobytes() for o in d.train.x}
+    assert not seen[0] & seen[1]
+    few = {k: v for k,v in race_files().items() if not ('/50_0_3' in k and int(k.split('2017')[1][:6]) > 1)}
+    refused(['2 faces are 40 and over and Indian', '3 or more'], 'utkface_race', tar(tmp_path/'few'/'UTKFace.tar.gz', few), conflict=None)
+    refused(['conflict=0.05', 'leave it out'], 'utkface_race', data)
+
+def test_attributes_of_celeba(tmp_path):
+    "Any two attributes; what is wrong with the tree is said."
+    data = celeba(tmp_path/'d')
+    d = load('celeba', data_dir=data, size=32)
+    assert d.classes == ('not blond hair','blond hair') and d.biases == ('not male','male') and d.kinds == ('male',)
+    assert len(set(counts(d.test, 2, 2).flatten())) == 1 and d.train.usual.tolist() == [0,1]
+    smile = load('celeba', data_dir=data, size=32, target='Male', bias_attribute='Smiling')
+    assert smile.classes == d.biases and smile.biases == ('not smiling','smiling') and smile.fingerprint != d.fingerprint
+    refused(["unknown target 'Blonde_Hair'", "did you mean 'Blond_Hair'"], 'celeba', data, conflict=None, target='Blonde_Hair')
+    refused(["bias_attribute='Male'", 'another attribute'], 'celeba', data, conflict=None, target='Male', bias_attribute='Male')
+    put(data/'celeba'/'list_eval_partition.txt', ''.join(f'{i:06}.jpg {(0,0,0,0,2)[i//5%5]}\n' for i in range(1, 81)).encode())
+    parted = load('celeba', data_dir=data, size=32)
+    assert len(parted.train) == 65 and parted.fingerprint != d.fingerprint
+    (data/'celeba'/'img_align_celeba'/'000007.jpg').unlink()
+    refused(['1 of 80 photos are missing', '000007.jpg'], 'celeba', data, conflict=None)
+    (data/'celeba'/'list_attr_celeba.txt').write_text('80\nBlond_Hair Male\n000001.jpg 1\n')
+    refused(['list_attr_celeba.txt', 'expected a number of photos'], 'celeba', data, conflict=None)
+
 # -- interchange
 
 @pytest.mark.filterwarnings('ignore:no miniplaces')
-@pytest.mark.parametrize('made', ['bg_fmnist','corrupted_cifar10','bffhq','utkface'], indirect=True)
+@pytest.mark.parametrize('made', ['bg_fmnist','corrupted_cifar10','bffhq','utkface','cmnist_bg','cfmnist_fg','cifar10_s'], indirect=True)
 def test_round_trip(made, tmp_path):
     from bias_distill.data.layout import export
     name, given, data = made
@@ -293,6 +390,7 @@ def test_round_trip(made, tmp_path):
     ours, theirs = ([load(o, conflict, 0, d, s, **k) for s in ('test','validation')] for o,d,k in ((name, data, kw), ('layout', folder, {})))
     for a,b in ((ours[0].test, theirs[0].test), (ours[1].test, theirs[1].test), (ours[1].train, theirs[1].train), (ours[1].train, theirs[0].train)):
         for k in 'xyb': assert torch.equal(getattr(a,k), getattr(b,k))
+        assert torch.equal(a.conflicting, b.conflicting)
 
 # -- the notebook itself, where the report differs
 

@@ -101,8 +101,7 @@ def _load(self:Experiment, data_dir):
     own = {k: getattr(r, k) for k in DATASETS[r.dataset].settings}
     self.data = load(r.dataset, r.conflict, r.seed, data_dir, r.split, **own)
     self.classes = len(self.data.classes)
-    def moved(s): return Split(*(None if t is None else t.to(device) for t in (s.x, s.y, s.b)))
-    self.train, self.test = moved(self.data.train), moved(self.data.test)
+    self.train, self.test = self.data.train.to(device), self.data.test.to(device)
     small = self.data.train.y.bincount(minlength=self.classes).min()
     for r in self.runs:
         if r.ipc <= small: continue

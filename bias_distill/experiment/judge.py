@@ -44,8 +44,7 @@ def groups_of(
     kinds=None,       # of str, what each bias is
 )->dict:              # as `by_group`
     "Accuracy by group, computed on the CPU."
-    b = None if test.b is None else test.b.cpu()
-    return by_group(predicted.cpu(), Split(test.x.cpu(), test.y.cpu(), b), kinds)
+    return by_group(predicted.cpu(), test.to('cpu'), kinds)
 
 # %% ../../nbs/experiment/06_judge.ipynb #3ecfa978
 def judge_plainly(

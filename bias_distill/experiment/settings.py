@@ -71,7 +71,7 @@ class Base(BaseModel):
 class What(Base):
     "What is distilled, and how."
     dataset:one_of('dataset', DATASETS) = setting(
-        "'cmnist', 'bg_fmnist', 'corrupted_cifar10', 'bffhq', 'utkface'; yours: 'folder', 'layout'", 'cmnist')
+        "'cmnist', 'bg_fmnist', 'corrupted_cifar10', 'utkface', ... (see the docs); yours: 'folder'", 'cmnist')
     conflict:float|None = setting(
         'share of bias-conflicting training images, 0 to 1; None: as the dataset comes, or 0.05',
         wanted=SHARE, ge=0, le=1)
@@ -139,7 +139,9 @@ class Run(Judging):
     severity:int|None = setting(
         'of colours (cmnist) or corruptions (corrupted_cifar10), 1 to 5', wanted='from 1 to 5', ge=1, le=5)
     backgrounds_per_class:int|None = setting('photos behind each class (bg_fmnist)', ge=1)
-    size:int|None = setting('pixels a side (bffhq, utkface, folder, layout)', wanted='28, 32 or 64', ge=28, le=64)
+    size:int|None = setting('pixels a side (faces, folder, layout)', wanted='28, 32 or 64', ge=28, le=64)
+    target:str|None = setting('attribute that is the label (celeba)', wanted='a name, such as Blond_Hair')
+    bias_attribute:str|None = setting('attribute that is the bias (celeba)', wanted='a name, such as Male')
     second_bias:one_of('second_bias', SECOND)|None = setting("beside colour (cmnist): 'position' or 'scale'")
     second_conflict:float|None = setting('share of training images that go against it', wanted=SHARE, ge=0, le=1)
 
@@ -287,12 +289,12 @@ def wrong_data(
     "What is wrong with the dataset's settings."
     data, bad = DATASETS[run.dataset], []
     free = ', '.join(k for k,w in WEIGHTINGS.items() if not w.sees_labels)
-    if data.conflict is None and WEIGHTINGS[run.weighting].sees_labels:
+    if not data.labelled and WEIGHTINGS[run.weighting].sees_labels:
         why = f'{run.dataset} has no bias labels for an oracle to read'
         bad.append(f'weighting={run.weighting!r}: {why}; expected {free}')
     if data.conflict is None and given.conflict is not None:
-        why = f'{run.dataset} has no bias labels, so there is no ratio to set'
-        bad.append(f'conflict={given.conflict}: {why}; leave it out')
+        why = 'comes as it is' if data.labelled else 'has no bias labels'
+        bad.append(f'conflict={given.conflict}: {run.dataset} {why}, so there is no ratio to set; leave it out')
     if run.size not in (None, 28, 32, 64): bad.append(f'size={run.size}: expected 28, 32 or 64')
     for k in GROUPS["The dataset's own"]:
         if getattr(given, k) is None or k in data.settings: continue

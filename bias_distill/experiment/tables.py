@@ -10,12 +10,16 @@ __all__ = ['DATASETS', 'NETWORKS', 'STEPPED', 'VIEWS', 'DENSITY', 'WEIGHTINGS', 
 # %% ../../nbs/experiment/01_tables.ipynb #719508f3
 from dataclasses import dataclass, field
 from ..data.bg_fmnist import bg_fmnist
+from ..data.celeba import celeba
+from ..data.cifar10_s import cifar10_s
 from ..data.cmnist import cmnist
 from ..data.corrupted_cifar10 import corrupted_cifar10
 from ..data.faces import bffhq, utkface
 from ..data.folder import folder
 from ..data.layout import layout
 from ..data.names import lookup
+from ..data.painted import cfmnist_bg, cfmnist_fg, cmnist_bg, cmnist_fg
+from ..data.utkface_race import utkface_race
 from ..debias.dfa import dfa, dfa_view, lff_view
 from ..debias.selecmix import selecmix, selecmix_view
 from ..distill.coreset import coreset
@@ -35,18 +39,26 @@ from ..weights.weighting import by_difficulty, fairdd, kde, kde_draw, kde_rare, 
 class Dataset:
     "A biased dataset to choose by name."
     make:object              # function to a `BiasedDataset`
-    conflict:float|None=.05  # default share of conflicting training images, 0 to 1; None: without bias labels
+    conflict:float|None=.05  # default share of conflicting training images, 0 to 1; None: as it comes
     settings:dict=field(default_factory=dict) # settings of its own -> their defaults
     own:bool=False           # the user's own files, named by `data_dir`
+    labelled:bool=True       # its bias has labels
 
 # %% ../../nbs/experiment/01_tables.ipynb #fde5d4b5
 DATASETS = dict(
     cmnist=Dataset(cmnist, settings=dict(severity=4, second_bias='none', second_conflict=None)),
     bg_fmnist=Dataset(bg_fmnist, settings=dict(backgrounds_per_class=1)),
     corrupted_cifar10=Dataset(corrupted_cifar10, settings=dict(severity=2)),
+    cmnist_fg=Dataset(cmnist_fg, .1),
+    cmnist_bg=Dataset(cmnist_bg, .1),
+    cfmnist_fg=Dataset(cfmnist_fg, .1),
+    cfmnist_bg=Dataset(cfmnist_bg, .1),
+    cifar10_s=Dataset(cifar10_s, .1),
     bffhq=Dataset(bffhq, .005, settings=dict(size=64)),
     utkface=Dataset(utkface, settings=dict(size=64)),
-    folder=Dataset(folder, None, settings=dict(size=32), own=True),
+    utkface_race=Dataset(utkface_race, None, settings=dict(size=64)),
+    celeba=Dataset(celeba, None, settings=dict(size=64, target='Blond_Hair', bias_attribute='Male')),
+    folder=Dataset(folder, None, settings=dict(size=32), own=True, labelled=False),
     layout=Dataset(layout, settings=dict(size=None), own=True))
 
 # %% ../../nbs/experiment/01_tables.ipynb #77d3c027

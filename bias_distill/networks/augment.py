@@ -170,7 +170,7 @@ STRATEGY = {                   # (distiller, dataset) -> strategy, where it is n
     ('dm', 'cmnist'): 'none',
     ('random', 'cmnist'): 'none',
     ('kmeans', 'cmnist'): 'none'}
-DIGITS = ('cmnist',)           # a mirrored digit is no digit
+DIGITS = ('cmnist','cmnist_fg','cmnist_bg') # a mirrored digit is no digit
 
 def default_strategy(
     dataset:str,        # name of a dataset

@@ -22,7 +22,7 @@ from ..experiment.store import command
 from ..experiment.tables import DATASETS
 from ..experiment.watch import read_row
 from . import figures
-from .rows import MEASURES, average, by_measure, flat, frame, pivot, published, to_markdown
+from .rows import FAIRNESS, MEASURES, average, by_measure, flat, frame, pivot, published, to_markdown
 from .sweep import (
     FACE_METHODS, NEEDS, SCALES, TABLE_METHODS, at_hand, cells, estimates, planned, setting)
 from .tables import by_ipc, by_method, grid_table
@@ -36,10 +36,11 @@ def tidy(
     "Rows as CSV: settings, results (means over networks), the published number, the command."
     rows = frame(rows).sort_index()
     def text(value): return '' if value is None else f'{average(value):.4f}'
-    results = {k: rows[k].map(text) for k in MEASURES}
+    measures = [*MEASURES, *(k for k in FAIRNESS if rows[k].notna().any())]
+    results = {k: rows[k].map(text) for k in measures}
     papers = [published(r) or {} for r in rows.to_dict('records')]
     papers = {k: [p.get(name, '') for p in papers] for k,name in (('published','accuracy'), ('source','source'))}
-    columns = [*SETTINGS, *MEASURES, 'published', 'source', 'command']
+    columns = [*SETTINGS, *measures, 'published', 'source', 'command']
     return rows.assign(**results, **papers).reindex(columns=columns).to_csv(index=False, lineterminator='\n')
 
 # %% ../../nbs/results/06_page.ipynb #cd84297c

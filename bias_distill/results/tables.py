@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'JUDGES', 'by_method', 'by_dataset', 'by_ipc', 'run_table'
 # %% ../../nbs/results/03_tables.ipynb #5a0e7d13
 from pandas import DataFrame, Index, concat
 from ..experiment.tables import VIEWS, WEIGHTINGS, method
-from .rows import MEASURES, cell, cross, frame, grid, mean_of, pivot, published
+from .rows import FAIRNESS, MEASURES, cell, cross, frame, grid, mean_of, pivot, published
 from .rows import to_markdown, where, with_published
 
 # %% ../../nbs/results/03_tables.ipynb #5f6f5830
@@ -41,7 +41,7 @@ def run_table(
     "The results of one experiment, a line a weighting, with the published number where we hold one."
     rows = frame(rows)
     records = rows.to_dict('records')
-    shown = {k: v for k,v in MEASURES.items() if rows[k].notna().any()}
+    shown = {k: v for k,v in (MEASURES | FAIRNESS).items() if rows[k].notna().any()}
     def column(what, digits): return [cell([r], what, digits) for r in records]
     table = DataFrame({title: column(k, digits) for k,(title,digits) in shown.items()})
     papers = [published(r) for r in records]

@@ -79,6 +79,7 @@ def plot_embedding(
     colours=None,   # (bias values, 3) tensor, a colour for each bias value, 0 to 1; None: matplotlib's
     ax=None,        # axes to draw into
     most:int=1500,  # points at most
+    usual=None,     # (classes,) or (classes, k) tensor, what a class usually carries; None: class c value c
 ):                  # the axes
     "One class in the two directions in which its embedding varies most (PCA); conflicting samples ringed."
     import matplotlib.pyplot as plt
@@ -87,13 +88,13 @@ def plot_embedding(
     i = (y==k).nonzero()[:,0][:most].cpu()
     p = PCA(2, svd_solver='full').fit_transform(z.cpu()[i].numpy())
     if b is None: ax.scatter(*p.T, s=12, c='#888')
-    else: _scatter(ax, p, b.cpu()[i].view(len(i), -1), k, colours)
+    else: _scatter(ax, p, b.cpu()[i].view(len(i), -1), torch.tensor(k) if usual is None else usual.cpu()[k], colours)
     ax.axis('off')
     return ax
 
-def _scatter(ax, p, b, k, colours):
+def _scatter(ax, p, b, expected, colours):
     "Points in the colour of their first bias; a ring around those that go against any."
-    ring, b = (b!=k).any(1).numpy(), b[:,0]
+    ring, b = (b!=expected).any(1).numpy(), b[:,0]
     colour = dict(c=b, cmap='tab10') if colours is None else dict(c=colours[b].numpy())
     ax.scatter(*p.T, s=14, **colour)
     ax.scatter(*p[ring].T, s=50, facecolors='none', edgecolors='k', lw=.7)
