@@ -22,7 +22,8 @@ from ..experiment.store import command
 from ..experiment.tables import DATASETS
 from ..experiment.watch import read_row
 from . import figures
-from .rows import FAIRNESS, MEASURES, average, by_measure, flat, frame, pivot, published, to_markdown
+from .rows import (
+    FAIRNESS, MEASURES, average, by_measure, flat, frame, pivot, published, to_markdown)
 from .sweep import (
     FACE_METHODS, NEEDS, SCALES, TABLE_METHODS, at_hand, cells, estimates, planned, setting)
 from .tables import by_ipc, by_method, grid_table
