@@ -22,7 +22,7 @@ from .store import Store, check_apart, command, side_by_side, total_steps, writa
 from .tables import DATASETS, DEBIASERS, DISTILLERS, VIEWS, WEIGHTINGS, load
 from .watch import FORMAT, bar, device_name, provenance, watch, write_row
 from ..networks.convnet import channel_stats
-from ..networks.fast import can_compile, fast_dtype
+from ..networks.fast import how
 from ..weights.report import weight_report
 
 # %% ../../nbs/experiment/07_experiment.ipynb #26be5ef4
@@ -69,8 +69,7 @@ class Experiment:
         check_apart(self.run.dataset, data_dir, out_dir)
         self.out, self.seconds, self.memory = writable(out_dir), {}, {}
         with watch(self.seconds, self.memory, 'data'): self._load(data_dir)
-        kind = fast_dtype(self.device.type) if self.compile and can_compile() else 'eager'
-        self.store = Store(self.out, self.data.fingerprint, f'{self.device.type} {kind}')
+        self.store = Store(self.out, self.data.fingerprint, how(self.device.type, self.compile))
         for r in self.runs: self.store.check(r, stages(r))
 
     def __repr__(self):
