@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from bias_distill.experiment import experiment
 from bias_distill.data.names import seeded
 from bias_distill.experiment.settings import FIELDS, SINGLE, complete, runs_of
-from bias_distill.experiment.tables import DISTILLERS, VIEWS
+from bias_distill.experiment.tables import DISTILLERS, LABELS, VIEWS
 from bias_distill.experiment.experiment import Experiment
 from bias_distill.experiment.store import run_key
 from bias_distill.networks.convnet import ConvNet
@@ -75,7 +75,7 @@ def test_every_field_that_others_rely_on(run):
         assert r['peak_memory_mb'] == max(r['memory_mb'].values()) > 100
         assert isinstance(r['device'], str) and r['device'] and r['versions']['torch'] == torch.__version__.split('+')[0] and len(r['versions']) >= 5
         assert r['commit'] is None or len(r['commit'].removesuffix('+changes')) == 40
-        assert {f for f in FIELDS if r[f] is None} == {'backgrounds_per_class','size','second_conflict','target','bias_attribute','rare','eval_width','network','debias_steps','debias_lr','eval_augment',*SINGLE}    # not of this dataset, weighting or distiller
+        assert {f for f in FIELDS if r[f] is None} == {'backgrounds_per_class','size','second_conflict','target','bias_attribute','rare',*LABELS,'eval_width','network','debias_steps','debias_lr','eval_augment',*SINGLE}    # not of this dataset, weighting or distiller
         assert (r['severity'], r['second_bias'], r['uses_bias_labels']) == (4, 'none', False)
 
 def test_what_follows_from_the_groups(run):

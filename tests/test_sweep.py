@@ -80,7 +80,7 @@ def test_dry_runs(copy):
     more = asked(snakemake('-n','-p','--config','seeds=0,7','--','table_bg_fmnist', cwd=copy)); assert len(sum(more, [])) == len(want-have)+len(want)
     paper = snakemake('-n','-p','--workflow-profile','profiles/slurm','--config','profile=paper','--','table_cmnist', cwd=copy)
     assert sorted(sum(asked(paper), [])) == sorted(map(cell_name, cells('table_cmnist', 'paper', headline=(1,2)))) and len(asked(paper)) == 5
-    smoke = snakemake('-n','-p','--workflow-profile','profiles/smoke', cwd=copy); assert len(sum(asked(smoke), [])) == len(cells('table_claims', 'smoke', ('cmnist',))) and all(jobs(smoke)[f'page_{n}'] == 1 for n in EVERYBODY)
+    smoke = snakemake('-n','-p','--workflow-profile','profiles/smoke', cwd=copy); assert len(sum(asked(smoke), [])) == len(cells('table_claims', 'smoke', ('cmnist','cmnist_fg'))) and all(jobs(smoke)[f'page_{n}'] == 1 for n in EVERYBODY)
     assert 'rows_bffhq_0_5pct_seed0' in jobs(snakemake('-n','table_bffhq', cwd=copy)) and not any('bffhq' in o for o in jobs(snakemake('-n', cwd=copy)))
     assert 'table_cmnst' in snakemake('-n','table_cmnst', cwd=copy, ok=False)
     assert "did you mean 'seeds'" in snakemake('-n','--config','seed=1', cwd=copy, ok=False)

@@ -19,11 +19,12 @@ from ..distill.mtt import train_experts
 from .judge import evaluate
 from .settings import Run, complete
 from .store import Store, check_apart, command, side_by_side, total_steps, writable
-from .tables import DATASETS, DEBIASERS, DISTILLERS, VIEWS, WEIGHTINGS, load
+from .tables import DATASETS, DEBIASERS, DISTILLERS, LABELS, VIEWS, WEIGHTINGS, load
 from .watch import FORMAT, bar, device_name, provenance, watch, write_row
 from ..networks.convnet import channel_stats
 from ..networks.fast import how
 from ..weights.report import weight_report
+from ..weights.weighting import imperfect
 
 # %% ../../nbs/experiment/07_experiment.ipynb #26be5ef4
 SHARED = ('dataset','conflict','seed','split','profile')
@@ -87,10 +88,11 @@ def done(self:Experiment,
 @patch
 def label(self:Experiment,
     run, # one of `runs`
-)->str:  # its weighting; where there are several numbers of images per class, with that
+)->str:  # its weighting, with the labels it is told; where there are several numbers of images per class, with that
     "What tells a run from those that are distilled beside it."
-    several = len({r.ipc for r in self.runs}) > 1
-    return run.weighting + f', ipc {run.ipc}'*several
+    several, told = len({r.ipc for r in self.runs}) > 1, {k: getattr(run, k) for k in LABELS}
+    parts = [f'{k} {v:g}' for k,v in told.items() if v is not None] + [f'ipc {run.ipc}']*several
+    return ', '.join([run.weighting, *parts])
 
 # %% ../../nbs/experiment/07_experiment.ipynb #0c89486f
 @patch
@@ -164,7 +166,8 @@ def weigh(self:Experiment)->dict: # run -> `Weighting`
 @patch
 def _weighting(self:Experiment, run, way)->tuple: # `Weighting`, costs by stage, report
     seconds, memory, given = {}, {}, {k: getattr(run, k) for k in way.settings}
-    if way.sees_labels: given['b'] = self.train.b          # nobody else sees b
+    if way.sees_labels:                                    # nobody else sees b
+        given['b'] = imperfect(self.train.b, run.labels_known or 1., run.labels_wrong or 0., run.seed)
     with watch(seconds, memory, 'kde'): w = way.reading(self.views[run], self.train.y, **given)
     report = weight_report(w, self.train, self.classes, run.batch_real, generator=seeded(run.seed,'report'))
     if w.about: report['chosen'] = self.chosen[run] | w.about

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ..data.cmnist import SECOND
 from ..data.names import lookup, unknown
 from ..distill.dsa import loops
-from .tables import DATASETS, DEBIASERS, DISTILLERS, NETWORKS, WEIGHTINGS
+from .tables import DATASETS, DEBIASERS, DISTILLERS, LABELS, NETWORKS, WEIGHTINGS
 from ..networks.augment import default_strategy, parse
 
 # %% ../../nbs/experiment/02_settings.ipynb #5341dc3f
@@ -95,10 +95,15 @@ class Weighing(What):
     rare:float|None = setting(
         'share of each class that counts as rare (kde_rare)',
         wanted='a share between 0 and 1; for 5 % write 0.05', gt=0, lt=1)
+    labels_known:float|None = setting(
+        'share of the bias labels that an oracle or fairdd is told; None: all',
+        wanted='a share above 0, up to 1; for 5 % write 0.05', gt=0, le=1)
+    labels_wrong:float|None = setting('share of those that are wrong; None: none', wanted=SHARE, ge=0, le=1)
     encoder_steps:int|None = setting('steps of the SupCon encoder', ge=1)
     encoder_tau:float|None = setting('temperature of its loss', gt=0)
     encoder_width:int|None = setting('channels of the encoder', ge=1)
 
+# %% ../../nbs/experiment/02_settings.ipynb #83c5d0fe
 class Distilling(Weighing):
     "How synthetic images are made."
     iterations:int|None = setting('distillation steps (dc, dsa: networks)', wanted='at least 1', ge=0)
@@ -314,6 +319,11 @@ def wrong_weights(
         bad.append(f"init='weighted' needs a weighting that draws, {drawing}, got weighting={run.weighting!r}")
     if run.rare is not None and 'rare' not in way.settings:
         bad.append(f"rare={run.rare}: only weighting='kde_rare' takes it, got weighting={run.weighting!r}")
+    readers = ' or '.join(k for k,w in WEIGHTINGS.items() if w.sees_labels)
+    for k in LABELS:
+        if getattr(given, k) is None or way.sees_labels: continue
+        bad.append(f'{k}={getattr(given, k)}: only a weighting that reads bias labels takes it, {readers}; '
+                   f'got weighting={run.weighting!r}')
     if method.weighs=='never' and run.weighting!='uniform':
         bad.append(f'weighting={run.weighting!r}: distiller={run.distiller!r} trains on the images as they are; '
                    'expected uniform')
@@ -387,7 +397,7 @@ def complete(
     auto = {k: v for k,v in defaults(asked).items() if getattr(asked, k) is None}
     run = asked.but(**auto)
     if bad := [o for check in CHECKS for o in check(run, asked)]: raise ValueError('; '.join(bad))
-    return run
+    return run.but(**{k: None for k,all_right in zip(LABELS, (1,0)) if getattr(run, k)==all_right})
 
 # %% ../../nbs/experiment/02_settings.ipynb #40ecb280
 def compared(
@@ -408,7 +418,8 @@ def twin(
 )->Run:
     "The same run with another weighting."
     auto = defaults(run)
-    def follows(k, v): return k=='rare' or k in ('init','variance') and v==auto.get(k)
+    blind = not WEIGHTINGS[weighting].sees_labels
+    def follows(k, v): return k=='rare' or k in LABELS and blind or k in ('init','variance') and v==auto.get(k)
     return complete(**{k: v for k,v in run if not follows(k, v)} | dict(weighting=weighting))
 
 def runs_of(
