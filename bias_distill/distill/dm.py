@@ -83,7 +83,7 @@ def features_of_draws(
 )->list:         # of features (C, B, f), float32
     "Features of the images of several draws, each image once."
     each, where = torch.stack(draws).unique(return_inverse=True)
-    k = bite(draws[0].numel(), 2048 if x.is_cuda else 64)
+    k = bite(draws[0].numel(), 512 if x.is_cuda else 64)
     each = torch.cat([each, each[:1].expand(-len(each)%k)])     # whole bites
     return list(real_features(embed, x[each.view(-1, k)], params).flatten(0,1)[where])
 

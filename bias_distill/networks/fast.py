@@ -97,8 +97,8 @@ def channels_last(
 def features(
     embed,            # function from images to features, e.g. `net.embed`, compiled or not
     x:Tensor,         # (n, 3, h, w) images, uint8 or 0 to 1
-    chunk:int=None,   # images a bite; default: 64 on a CPU, 2048 on a GPU
+    chunk:int=None,   # images a bite; default: 64 on a CPU, 512 on a GPU
 )->Tensor:            # (n, f) float32; of several members (members, n, f)
     "Features of all images, a bite at a time, without gradients."
-    chunk = bite(len(x), 2048 if x.is_cuda else 64) if chunk is None else chunk
+    chunk = bite(len(x), 512 if x.is_cuda else 64) if chunk is None else chunk
     return torch.cat([embed(channels_last(o)).float() for o in x.split(chunk)], -2)

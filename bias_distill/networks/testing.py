@@ -22,7 +22,7 @@ def predict(
     compile:bool=True, # compiled, in `fast_dtype`; False: eager, in float32
 )->Tensor:             # (members, n)
     "Predicted classes of images."
-    chunk = None if x.is_cuda else bite(len(x), max(64//net.members, 8))
+    chunk = bite(len(x), max((512 if x.is_cuda else 64)//net.members, 8))
     return features(compiled(net, compile), x, chunk).argmax(-1).view(net.members, -1)
 
 # %% ../../nbs/networks/05_testing.ipynb #ed0971bd
