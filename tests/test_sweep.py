@@ -12,7 +12,7 @@ TIMES = ('seconds','memory_mb','peak_memory_mb','made','commit')
 def papermill(notebook, out, *args, cwd):
     return subprocess.run([sys.executable,'-m','papermill',str(notebook),str(out),'--no-progress-bar',*args], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=LIMIT)
 
-@pytest.mark.parametrize('name', ['table_weightings','table_debias_after','table_claims'])
+@pytest.mark.parametrize('name', ['table_weightings','table_debias_after','table_fair','figure_labels','table_judges','table_claims'])
 def test_pages_are_made_from_rows_alone(name, tmp_path):
     "From the committed rows, the committed page; and from none, where every cell is a dash and its command is given."
     shutil.copytree(ROOT/'paper_figures/rows', tmp_path/'full/rows'); (tmp_path/'empty').mkdir()

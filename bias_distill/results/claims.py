@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'FAR', 'ALIKE', 'verdict', 'number', 'judge', 'known', 'gain', 'below', 'share_lost', 'compared', 'losses',
-           'against', 'faces']
+           'against', 'faces', 'standing', 'label_free', 'against_fairdd']
 
 # %% ../../nbs/results/02_claims.ipynb #14c2a0d4
 from pandas import DataFrame, isna
-from ..experiment.tables import DISTILLERS
-from .rows import averages, cell, grid, mean_of, where
+from ..experiment.tables import DATASETS, DISTILLERS, WEIGHTINGS, method
+from .rows import FAIRNESS, averages, cell, grid, mean_of, published, spread_of, where
 
 # %% ../../nbs/results/02_claims.ipynb #1f8c5253
 NEAR, FAR = 3., 10. # points: near a number, far from what it is set against
@@ -153,3 +153,51 @@ def faces(
     on_all, on_conflicting = (b > a+margin for a,b in zip(before, after))
     text = f'{before[0]:.1f} to {after[0]:.1f}; on conflicting faces {before[1]:.1f} to {after[1]:.1f}'
     return [text, 'agrees' if on_all else 'in part' if on_conflicting else 'no']
+
+# %% ../../nbs/results/02_claims.ipynb #b2d4791c
+def standing(
+    ours:float|None,  # what is judged; None: not measured
+    other:float|None, # what it is set against; None: not known
+    spread:float,     # a standard deviation, in the same unit
+    sign:int=1,       # 1: higher is better; -1: lower
+)->str:               # 'ahead', 'within one standard deviation', 'behind', or a dash
+    "Where a number stands against another."
+    if isna(ours) or isna(other): return '–'
+    if abs(ours-other) <= spread: return 'within one standard deviation'
+    return 'ahead' if sign*(ours-other) > 0 else 'behind'
+
+def label_free(
+    rows,         # of one set and number of images per class: frame, or list of dicts
+    methods,      # pairs of a distiller and a weighting
+)->tuple:         # title of that method, its rows; two Nones where there are none
+    "The most accurate of the methods that read no bias labels."
+    blind = [(d,w) for d,w in methods if not WEIGHTINGS[w].sees_labels and not DISTILLERS[d].whole]
+    found = {method(dict(distiller=d, weighting=w)): where(rows, distiller=d, weighting=w) for d,w in blind}
+    means = {title: mean for title,o in found.items() if (mean := mean_of(o)) is not None}
+    best = max(means, key=means.get, default=None)
+    return best, found.get(best)
+
+# %% ../../nbs/results/02_claims.ipynb #94e6a0fd
+def against_fairdd(
+    rows,         # frame, or list of dicts
+    datasets,     # names
+    ipcs,         # images per class
+    methods,      # pairs of a distiller and a weighting
+    what:str='accuracy', # measure
+)->DataFrame:     # of str, a line a set and number of images per class
+    "The most accurate that reads no bias labels, against FairDD as published and as we ran it."
+    sign = -1 if what in FAIRNESS else 1
+    def line(dataset, ipc):
+        at = dict(dataset=dataset, ipc=ipc)
+        best, ours = label_free(where(rows, **at), methods)
+        theirs = where(rows, **at, distiller='dm', weighting='fairdd', labels_known=None, labels_wrong=None)
+        setting = at | dict(conflict=DATASETS[dataset].conflict, distiller='dm', weighting='fairdd', debiaser='none')
+        paper, again = (published(setting) or {}).get(what), mean_of(theirs, what)
+        if best is None: return ['no rows yet', '–', paper or '–', '–', cell(theirs, what), '–']
+        mean, spreads = mean_of(ours, what), [spread_of(o, what) for o in (ours, theirs)]
+        verdicts = standing(mean, paper, spreads[0], sign), standing(mean, again, max(spreads), sign)
+        last = verdicts[1] if len(theirs) else 'no rows yet'
+        return [best, cell(ours, what), paper or '–', verdicts[0], cell(theirs, what), last]
+    lines = {f'`{o["dataset"]}`, IPC {o["ipc"]}': line(**o) for o in grid(dataset=tuple(datasets), ipc=tuple(ipcs))}
+    columns = ['best without labels','ours','FairDD, published','ours against it','FairDD, our run','ours against that']
+    return DataFrame(lines.values(), list(lines), columns)

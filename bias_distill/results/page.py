@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'PARAMETERS', 'BY_GROUP', 'tidy', 'page_parameters', 'check_writable', 'small_copy', 'missing', 'Page',
-           'ratio_table', 'ratio_figure', 'face_tables', 'face_figure', 'keep_notebook', 'write_tile', 'keep_tile']
+           'ratio_table', 'ratio_figure', 'face_tables', 'face_figure', 'wanted', 'fair_tables', 'fair_verdicts',
+           'labels_table', 'labels_figure', 'same_images', 'judge_table', 'keep_notebook', 'write_tile', 'keep_tile']
 
 # %% ../../nbs/results/06_page.ipynb #c40a3ae3
 import io
@@ -12,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, PIL.Image
 from IPython.display import Image, Markdown
 from fastcore.basics import patch
-from pandas import concat
+from pandas import DataFrame, concat
 from safetensors.torch import load_file
 from ..data.kept import write_atomic, write_figure
 from ..data.names import lookup, unknown
@@ -22,11 +23,12 @@ from ..experiment.store import command
 from ..experiment.tables import DATASETS
 from ..experiment.watch import read_row
 from . import figures
+from .claims import against_fairdd
 from .rows import (
-    FAIRNESS, MEASURES, average, by_measure, flat, frame, pivot, published, to_markdown)
+    FAIRNESS, MEASURES, average, by_measure, cell, cross, flat, frame, pivot, published, to_markdown)
 from .sweep import (
-    FACE_METHODS, NEEDS, SCALES, TABLE_METHODS, at_hand, cells, estimates, planned, setting)
-from .tables import by_ipc, by_method, grid_table
+    FACE_METHODS, FAIR_METHODS, NEEDS, SCALES, TABLE_METHODS, at_hand, cells, estimates, judged_by, planned, setting)
+from .tables import by_dataset, by_ipc, by_method, fair_cell, fair_table, grid_table
 
 # %% ../../nbs/results/06_page.ipynb #5eb6ff57
 SETTINGS = ('dataset','conflict','ipc','distiller','weighting','debiaser','network','profile','split','seed')
@@ -221,6 +223,82 @@ def face_figure(
     figures.two_sides(ax, flat(page.rows[at]), FACE_METHODS)
     fig.tight_layout()
     return page.figure(fig, f'{dataset}: accuracy on conflicting against aligned images')
+
+# %% ../../nbs/results/06_page.ipynb #6ca91e40
+def wanted(
+    page:Page, # that asks
+    sets:str,  # which list of sets in its scale: 'fair_sets'
+)->list:       # of names
+    "The sets of a page, without those that nobody asked for."
+    return [o for o in page.scale[sets] if not page.only or o in page.only]
+
+def fair_tables(
+    page:Page, # that gets them
+)->Markdown:   # the last
+    "Add a table for each number of images per class: accuracy, DEO_M and DEO_A, beside what was published."
+    sets = wanted(page, 'fair_sets')
+    parts = {f'IPC {i}': fair_table(page.rows, sets, i, FAIR_METHODS) for i in page.scale['fair_ipcs']*bool(sets)}
+    corner = 'accuracy in %, below it DEO_M / DEO_A'
+    return [page.table(o, corner, title=title) for title,o in parts.items()][-1] if parts else page.text('')
+
+def fair_verdicts(
+    page:Page, # that gets them
+)->Markdown:   # the last
+    "Add where the best without labels stands against FairDD, published and run here: by accuracy, and by DEO_M."
+    sets, shown = wanted(page, 'fair_sets'), dict(accuracy='By accuracy, %', deo_m='By DEO_M, lower is better')
+    at = sets, page.scale['fair_ipcs'], FAIR_METHODS
+    parts = {title: against_fairdd(page.rows, *at, what) for what,title in shown.items() if sets}
+    return [page.table(o, title=title) for title,o in parts.items()][-1] if parts else page.text('')
+
+# %% ../../nbs/results/06_page.ipynb #d208f9a5
+def labels_table(
+    page:Page, # that gets it
+)->Markdown:
+    "Add a line for each share of labels known, or wrong, and for what reads none; a column a set."
+    s, sets = page.scale, wanted(page, 'labels_sets')
+    lines = {f'{100*k:g} % of the labels': dict(weighting='fairdd', labels_known=k) for k in s['known']}
+    lines |= {f'all, {100*k:g} % of them wrong': dict(weighting='fairdd', labels_wrong=k) for k in s['wrong'] if k}
+    lines |= {f'none: {title}': dict(weighting=o['weighting']) for title,o in by_method(figures.FREE).items()}
+    def column(name):
+        at = dict(dataset=name, ipc=s['ipc'], distiller='dm')
+        return [fair_cell(page.find(**at, **o)) for o in lines.values()]
+    table = DataFrame({title: column(o['dataset']) for title,o in by_dataset(sets).items()}, list(lines))
+    return page.table(table, 'DM + FairDD, told') if sets else page.text('')
+
+def labels_figure(
+    page:Page, # that gets it
+)->Image:
+    "Add the picture of that table."
+    s = page.scale
+    fig = figures.labels_figure(page.rows, wanted(page, 'labels_sets'), s['known'], s['wrong'], s['ipc'])
+    return page.figure(fig, 'Accuracy of DM + FairDD by the share of labels known, and by the share wrong')
+
+# %% ../../nbs/results/06_page.ipynb #5c0de917
+def same_images(
+    page:Page, # of several judges
+)->str:        # in words; empty where there is nothing to compare
+    "In how many lines and seeds all judges saw the very same images: those whose loss was the same to the last digit."
+    keys = ['dataset','conflict','ipc','distiller','weighting','seed']
+    if not len(page.rows): return ''
+    seen = page.rows.assign(loss=page.rows.loss.map(str)).groupby(keys).loss.agg(['size','nunique'])
+    several = seen[seen['size'] > 1]
+    if not len(several): return ''
+    same = (several['nunique']==1).sum()
+    others = '' if same==len(several) else ' In the others they had the same settings and seed, on another machine.'
+    return f'In {same} of {len(several)} lines and seeds all judges saw the very same images.{others}'
+
+def judge_table(
+    page:Page, # that gets it
+)->Markdown:
+    "Add accuracies by the judge: a line a set, number of images per class and weighting, a column a judge."
+    s, sets = page.scale, wanted(page, 'judged_sets')
+    methods = by_method([('dm','uniform'), ('dm','kde')])
+    lines = cross(cross(by_dataset(sets), by_ipc(s['judged_ipcs']), ', '), methods, ', ')
+    def line(o): return [cell(page.find(conflict=.05, **o, **j)) for j in judged_by(s, o['dataset']).values()]
+    def paper(o): return (published(dict(planned(page.profile, conflict=.05, **o))) or {}).get('accuracy', '–')
+    found = [line(o) + [f'*{paper(o)}*'.replace('*–*', '–')] for o in lines.values()]
+    columns = [*judged_by(s, 'cmnist'), '*the paper*']
+    return page.table(DataFrame(found, list(lines), columns), 'accuracy in %, judged by') if sets else page.text('')
 
 # %% ../../nbs/results/06_page.ipynb #44dcda6a
 def keep_notebook(

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'JUDGES', 'by_method', 'by_dataset', 'by_ipc', 'run_table', 'group_table', 'grid_table', 'dataset_table',
-           'methods_table', 'at_best', 'debias_table', 'view_seconds', 'weighting_table', 'whole_table']
+           'methods_table', 'at_best', 'debias_table', 'view_seconds', 'weighting_table', 'whole_table', 'fair_cell',
+           'paper_cell', 'fair_table', 'paper_lines']
 
 # %% ../../nbs/results/03_tables.ipynb #5a0e7d13
 from pandas import DataFrame, Index, concat
-from ..experiment.tables import VIEWS, WEIGHTINGS, method
-from .rows import FAIRNESS, MEASURES, cell, cross, frame, grid, mean_of, pivot, published
+from ..experiment.tables import DATASETS, VIEWS, WEIGHTINGS, method
+from .rows import (
+    FAIRNESS, MEASURES, PUBLISHED, all_published, cell, cross, frame, grid, mean_of, pivot, published)
 from .rows import to_markdown, where, with_published
 
 # %% ../../nbs/results/03_tables.ipynb #5f6f5830
@@ -176,3 +178,49 @@ def whole_table(
     sides = (lines, {f'{100*c:g} %': dict(conflict=c) for c in conflicts})
     table = with_published(pivot(rows, *sides, **at), *sides, 'published', **at, ipc=0)
     return to_markdown(table, 'training set, network', '')
+
+# %% ../../nbs/results/03_tables.ipynb #8e15f4b0
+def fair_cell(
+    rows, # of one setting, one a seed: frame, or list of dicts
+)->str:   # 'accuracy<br>DEO_M / DEO_A'
+    "Accuracy, and below it DEO_M / DEO_A, where they were measured; a dash where there is nothing."
+    apart = [mean_of(rows, k) for k in FAIRNESS]
+    return cell(rows) + ('' if None in apart else '<br>' + ' / '.join(f'{v:.1f}' for v in apart))
+
+def paper_cell(
+    result:dict, # of `PUBLISHED`; None: nothing is known
+)->str:          # in italics
+    "A published accuracy, and below it DEO_M / DEO_A; a dash for what was not published."
+    if result is None: return '–'
+    apart = [result[k] for k in FAIRNESS]
+    below = '' if apart==[None]*2 else '<br>*' + ' / '.join('–' if v is None else f'{v:g}' for v in apart) + '*'
+    return f"*{result['accuracy']:g}*{below}"
+
+# %% ../../nbs/results/03_tables.ipynb #41cf8d06
+def fair_table(
+    rows,        # frame, or list of dicts
+    datasets,    # names
+    ipc:int,     # images per class
+    methods,     # pairs of a distiller and a weighting
+)->DataFrame:    # of str
+    "Accuracy and DEO, a line a method and a column a set; beneath each what was published, and last the whole set."
+    theirs = [p for p in PUBLISHED if p['dataset'] in datasets and p['ipc']==ipc and p['distiller']=='dm']
+    pairs = list(dict.fromkeys([*methods, *(('dm',p['weighting']) for p in theirs), ('none','uniform')]))
+    lines = []
+    for d,w in pairs:
+        at = dict(distiller=d, weighting=w)
+        found = where(rows, **at, ipc=0 if d=='none' else ipc, labels_known=None, labels_wrong=None)
+        if w in WEIGHTINGS: lines.append([method(at), *(fair_cell(where(found, dataset=o)) for o in datasets)])
+        lines += paper_lines(datasets, 0 if d=='none' else ipc, at)
+    return DataFrame(lines, columns=['', *(f'`{o}`' for o in datasets)]).set_index('')
+
+def paper_lines(
+    datasets, # names
+    ipc:int,  # images per class; 0: the whole set
+    at:dict,  # distiller and weighting
+)->list:      # of lists: a title, and a cell a dataset
+    "What was published of a method, a line a source."
+    def of(o): return all_published(at | dict(dataset=o, conflict=DATASETS[o].conflict, ipc=ipc, debiaser='none'))
+    found = {o: {p['source']: p for p in of(o)} for o in datasets}
+    names = {k: p['note'] or f"{method(at)}: {k.split(' (')[0]}" for o in found.values() for k,p in o.items()}
+    return [[f'*{title}*', *(paper_cell(found[o].get(source)) for o in datasets)] for source,title in names.items()]
