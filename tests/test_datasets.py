@@ -306,3 +306,27 @@ def test_notebook(name, tmp_path):
     assert sum('image/png' in o.get('data', {}) for o in outputs) >= 6
     if name == 'folder': assert 'AUROC' not in text and 'conflicting' not in text.replace('bias-conflicting','') and '| DM + KDE |' in text
     else: assert 'against colour and scale' in text and 'DM + KDE, two levels (ours)' in text and 'DM + oracle (bias labels)' in text
+
+# -- the files behind the images
+
+def from_disk(data, name, size): from bias_distill.data.files import decode; return torch.from_numpy(decode((data/name).read_bytes(), size, name))
+
+@pytest.mark.parametrize('split', ['test','validation'])
+@pytest.mark.parametrize('made', ['folder','layout'], indirect=True)
+def test_every_image_knows_its_file(made, split, monkeypatch):
+    "Before and after the cache, in both parts; labels, pixels and fingerprint are those without names."
+    name, given, data = made
+    first, again = (load(name, given.get('conflict'), 0, data, split, **{k: v for k,v in given.items() if k != 'conflict'}) for _ in range(2))
+    assert first.files == again.files and first.fingerprint == again.fingerprint and len(set(first.files[0]+first.files[1])) == len(first.train)+len(first.test)
+    for part,files in ((first.train, first.files[0]), (first.test, first.files[1])):
+        assert len(files) == len(part) and all(torch.equal(from_disk(data, o, 32), x) for o,x in zip(files, part.x))
+
+@pytest.mark.filterwarnings('ignore:no miniplaces')
+def test_built_in_sets_have_no_files(): assert load('cmnist').files is None
+
+def test_an_entry_without_names_is_old_and_made_anew(tmp_path):
+    from bias_distill.data.kept import load_tensors, save_tensors
+    data = own(tmp_path/'mine'); good = load('folder', None, data_dir=data); f, = kept_dir().glob('folder-*')
+    tensors, meta = load_tensors(f); del meta['texts']['files']; save_tensors(f, tensors, **meta)
+    again = load('folder', None, data_dir=data)
+    assert again.files == good.files and again.fingerprint == good.fingerprint and 'files' in load_tensors(f)[1]['texts']

@@ -203,12 +203,14 @@ def _used(path):
         if _plain(path): os.utime(path)
     except OSError: pass # it is not ours to touch, and can be read all the same
 
-def _found(path):
-    "Tensors and texts of a file that is there and whole, else None."
+def _found(path, wanted=()):
+    "Tensors and texts of a file that is there, whole, and has the texts that are `wanted`; else None."
     try: tensors, meta = load_tensors(path)
     except (OSError, ValueError): return None
+    texts = meta.get('texts')
+    if texts is None or not set(wanted) <= set(texts): return None
     _used(path)
-    return tensors, meta['texts']
+    return tensors, texts
 
 def _add(path, tensors, texts):
     "Write a file and make room for it; where that cannot be, a warning."
@@ -225,12 +227,13 @@ def _add(path, tensors, texts):
 def kept(
     name:str, # what it was made from, and how; one plain file name
     build,    # () -> tensors, texts: two dicts
+    *wanted,  # names of texts: an entry without one is an old one, and made anew
 )->tuple:     # what `build` gave, now or before
     "What `build()` gives, from `kept_dir()` where it is there and whole, else built and kept there."
     path, _ = kept_path(name), _limit()
-    if (found := _found(path)) is not None: return found
+    if (found := _found(path, wanted)) is not None: return found
     with locked(path):
-        if (found := _found(path)) is not None: return found
+        if (found := _found(path, wanted)) is not None: return found
         tensors, texts = build()
         _add(path, tensors, texts)
     return tensors, texts

@@ -228,7 +228,7 @@ def _pictures(root, pct, valid, size):
         if x is None: x = torch.empty(len(found), 3, side, side, dtype=torch.uint8)
         x[i] = torch.from_numpy(decode(raw, side, str(root/o)))
     part,y,b = (torch.tensor([o[i] for o in found]) for i in (0,2,3))
-    return dict(x=x, y=y, b=b, part=part), {}
+    return dict(x=x, y=y, b=b, part=part), dict(files=json.dumps([o[1] for o in found]))
 
 # %% ../../nbs/data/09_layout.ipynb #dba743f0
 def _folders(root, pct, split):
@@ -279,13 +279,16 @@ def layout(
     pct = _percent(conflict)
     valid = _folders(root, pct, split)
     digest = files_digest(root, _files(root, pct, valid), valid, recipe(layout))
-    t,_ = kept(f'layout-{pct}-{size}-{digest}', lambda: _pictures(root, pct, valid, size))
-    train,judge = (Split(*(t[o][t['part'] == PARTS.index(part)] for o in 'xyb')) for part in ('train',split))
+    t,texts = kept(f'layout-{pct}-{size}-{digest}', lambda: _pictures(root, pct, valid, size), 'files')
+    mine = [(t['part'] == PARTS.index(part)).nonzero()[:,0] for part in ('train',split)]
+    train,judge = (Split(*(t[o][i] for o in 'xyb')) for i in mine)
+    paths = json.loads(texts['files'])
+    files = tuple(tuple(paths[k] for k in i.tolist()) for i in mine)
     told = _told(root, t['y'], t['b'])
     source = (f"{told['sources'].get(pct, 'a set')}; read from files, {pct}, {len(train):,} + {len(judge):,}, "
               f"{t['x'].shape[-1]} px{', judged by its validation set'*(split == 'validation')}")
     names = (tuple(told[k]) for k in ('classes','biases'))
-    return BiasedDataset('layout', train, judge, *names, source, tuple(told['kinds']))
+    return BiasedDataset('layout', train, judge, *names, source, tuple(told['kinds']), files)
 
 # %% ../../nbs/data/09_layout.ipynb #79b694da
 def export(
@@ -303,4 +306,4 @@ def export(
     data = make(conflict=conflict, seed=seed, data_dir=data_dir, split='test', **kw)
     if not holdout: return write_layout(data, root, conflict)
     held = make(conflict=conflict, seed=seed, data_dir=data_dir, split='validation', **kw)
-    return write_layout(replace(held, test=data.test), root, conflict, held.test)
+    return write_layout(replace(held, test=data.test, files=None), root, conflict, held.test)

@@ -54,6 +54,7 @@ class BiasedDataset:
     biases:tuple|None=None  # of str, one a bias value; for several biases a tuple of such tuples
     source:str=''           # where the images came from, without any path
     kinds:tuple=('bias',)   # of str, what each bias is: 'colour'
+    files:tuple|None=None   # (train, test), each a tuple of str: an image's path below the data folder; None: unknown
     def __repr__(self): return f"{self.name}: train {self.train}, test {self.test}; {self.source}"
     @functools.cached_property
     def fingerprint(self)->str: # 16 hexadecimal digits
