@@ -154,13 +154,13 @@ def picture(
 _SIXTEEN_BITS = ('I;16','I;16B','I;16L','I') # Pillow's modes of 16 bits a pixel
 
 def _upright(im):
-    "A picture turned as its camera noted; as it is where the note is broken."
+    "Turn a picture as its camera noted; leave it where the note is broken."
     im.load() # so that what fails below is the note
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            return ImageOps.exif_transpose(im)
-    except Exception: return im
+            ImageOps.exif_transpose(im, in_place=True)
+    except Exception: pass
 
 def _eight_bits(im, depth):
     "A grey picture of 16 bits, of which `depth` are in use, with 8."
@@ -169,8 +169,7 @@ def _eight_bits(im, depth):
         np.asarray(im).clip(0, 65535)])
 
 def _rgb(im, depth=16):
-    "A picture as RGB: upright, with 8 bits a channel, transparency over black."
-    im = _upright(im)
+    "A picture as RGB, with 8 bits a channel, transparency over black."
     if im.mode in _SIXTEEN_BITS: im = _eight_bits(im, depth)
     if im.has_transparency_data:
         im = im.convert('RGBA')
@@ -193,8 +192,8 @@ def decode(
 )->np.ndarray:     # (3, size, size) uint8
     "One image file as RGB, square, of several frames the first; a ValueError for a file that is no sound image."
     with picture(raw, where) as im:
-        im = _rgb(im, depth)
-        if not squash: im = _middle_square(im)
+        _upright(im)
+        im = _rgb(im if squash else _middle_square(im), depth) # the square first, to save memory
         if im.size != (size,size): im = im.resize((size,size), resample)
     return np.ascontiguousarray(np.asarray(im).transpose(2,0,1))
 

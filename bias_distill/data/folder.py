@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .files import decode, entries, read_file, recipe, source_digest, traits, versions
 from .kept import kept
 from .listing import SIZES, SUFFIXES, arrange, is_image, listing, listing_archive, named
-from .names import seeded
+from .names import printable, seeded
 from .split import BiasedDataset, Split, hold_out
 
 # %% ../../nbs/data/09_folder.ipynb #943f44d8
@@ -42,10 +42,11 @@ def find(
 # %% ../../nbs/data/09_folder.ipynb #b2f7e504
 def _said_passed(f):
     "What was passed over, in a few words; '' if nothing was."
-    n = {c or 'in no class': sum(o.values()) for c,o in f.passed.items()}
+    n = {printable(c) or 'in no class': sum(o.values()) for c,o in f.passed.items()}
     most = sorted(n, key=lambda c: -n[c])[:5]
     each = ', '.join(f'{c} {n[c]:,}' for c in most) + ', ...'*(len(n) > 5)
-    others = f", {sum(n.values()):,} other files passed over ({each})" if n else ''
+    k = sum(n.values())
+    others = f", {k:,} other file{'s'*(k != 1)} passed over ({each})" if n else ''
     return others + f", litter left out ({', '.join(f.litter)})"*bool(f.litter)
 
 def _warn_passed(f):
@@ -54,7 +55,7 @@ def _warn_passed(f):
         kinds = f.passed.get(c, {})
         others = sum(kinds.values())
         if others*3 < others+images: continue
-        which = ', '.join(f"{k or 'without a suffix'} {n:,}" for k,n in kinds.items())
+        which = ', '.join(f"{printable(k) or 'without a suffix'} {n:,}" for k,n in kinds.items())
         warnings.warn(f"class {c!r}: {others:,} of {others+images:,} files ({others/(others+images):.0%}) were passed "
                       f"over, as no images that are read here ({which}): expected names that end in "
                       f"{', '.join(SUFFIXES)}. Convert them, or move them elsewhere", stacklevel=3)
