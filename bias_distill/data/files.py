@@ -122,8 +122,8 @@ def megapixels()->float: # above 0
 
 class _Refused(ValueError): "What was read is a picture, and is not taken; the message says all."
 
-def _check_picture(im, where):
-    size,most = im.width*im.height/1e6,megapixels()
+def _check_picture(im, where, most):
+    size = im.width*im.height/1e6
     if size > most: raise _Refused(
         f"{where}: {im.width:,} x {im.height:,} pixels are {size:,.0f} megapixels, the limit is {most:g}: "
         f"raise it by BIAS_DISTILL_MEGAPIXELS={math.ceil(size)}, or shrink the picture")
@@ -140,10 +140,14 @@ def picture(
     where:str, # what to call the file in an error
 ):             # a context manager: Pillow's image, at its first frame
     "An image file, opened; a ValueError for no image, a damaged one (if it shows later too), or one that is too large."
+    most = megapixels()
     before,Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS,None # the limit is ours
     try:
-        with Image.open(io.BytesIO(raw)) as im:
-            _check_picture(im, where)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # of a broken note, which costs nothing
+            opened = Image.open(io.BytesIO(raw))
+        with opened as im:
+            _check_picture(im, where, most)
             yield im
     except _Refused: raise
     except _BROKEN as e:

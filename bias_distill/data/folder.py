@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from .files import decode, entries, read_file, recipe, source_digest, traits, versions
+from .files import decode, entries, megapixels, read_file, recipe, source_digest, traits, versions
 from .kept import kept
 from .listing import SIZES, SUFFIXES, arrange, is_image, listing, listing_archive, named
 from .names import printable, seeded
@@ -173,6 +173,7 @@ def folder(
         raise ValueError(f"size={size!r}: expected {', '.join(map(str, SIZES[:-1]))} or {SIZES[-1]} pixels")
     if split not in ('test','validation'): raise ValueError(f"split={split!r}: expected 'test' or 'validation'")
     seeded(seed)
+    megapixels() # a slip in the variable is told first
     want = 'your images, in <data_dir>/<class>/*.png or <data_dir>/{train,test}/<class>/*.png'
     path = named(data_dir, want, archive=True)
     def check(f): _enough(f.classes, f.y, f.part, split)
