@@ -14,8 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 from .files import decode, picture, read_file, recipe
 from .kept import kept
-from .folder import files_digest
-from .listing import SIZES, listing, named
+from .listing import SIZES, files_digest, listing, named
 from .names import check_share, seeded
 from .split import BiasedDataset, Split
 

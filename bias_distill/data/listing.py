@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'LITTER', 'SUFFIXES', 'FOLDERS', 'ARCHIVES', 'readable', 'is_image', 'Listing', 'listing', 'listing_archive',
-           'arrange', 'named']
+           'arrange', 'named', 'files_digest']
 
 # %% ../../nbs/data/08_listing.ipynb #b5d8f013
-import collections, os, unicodedata
+import collections, hashlib, os, unicodedata
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from PIL import Image
-from .files import entries, resolve
+from .files import decode, entries, recipe, resolve, source_digest, versions
 
 # %% ../../nbs/data/08_listing.ipynb #52753202
 SIZES = (28,32,64) # pixels a side
@@ -207,3 +207,14 @@ def named(
         kinds = f", or a {', '.join(ARCHIVES[:-1])} or {ARCHIVES[-1]} of one"
         raise ValueError(f"data_dir={str(data_dir)!r}: expected a folder{kinds*archive}, found a file")
     return path
+
+# %% ../../nbs/data/08_listing.ipynb #0fbd81a6
+def files_digest(
+    root:Path,  # a folder, or an archive
+    files:list, # names in the folder, as in `listing`; not looked at for an archive
+    *how,       # plain values: how they are read
+)->str:         # 16 hexadecimal digits
+    "What tells these files, and our way to decode them, from any others; also behind folders that are links."
+    inside = sorted({o.rpartition('/')[0] for o in files if '/' in o and is_image(o)})
+    source = [files, source_digest(*(root/o for o in inside))] if root.is_dir() else source_digest(root)
+    return hashlib.blake2b(repr([source, how, recipe(decode), versions()]).encode(), digest_size=8).hexdigest()
