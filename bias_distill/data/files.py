@@ -149,7 +149,7 @@ def picture(
         with opened as im:
             _check_picture(im, where, most)
             yield im
-    except _Refused: raise
+    except _Refused as e: raise ValueError(str(e)) from None
     except _BROKEN as e:
         raise ValueError(f"{where}: expected an image, found {len(raw):,} bytes that are none, or a damaged one") from e
     finally: Image.MAX_IMAGE_PIXELS = before
