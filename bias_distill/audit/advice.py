@@ -28,7 +28,7 @@ def sampler_weights(
     flags:pd.DataFrame, # of the training images, as `doubtful` gives them
 )->Tensor:              # (n,) weights of mean one in each class
     "How much each training image should count; all 1 in a class where nothing was found."
-    w, lifted = torch.ones(len(y)), verdict.rare & ~torch.from_numpy(doubtful_weight(flags))
+    w, lifted = torch.ones(len(y)), verdict.rare & ~torch.tensor(doubtful_weight(flags))
     for k,said in enumerate(verdict.table['verdict']):
         i = y==k
         n, m = int(i.sum()), int((lifted & i).sum())
@@ -72,7 +72,7 @@ SNIPPET = """import pandas as pd, torch
 from torch.utils.data import DataLoader, WeightedRandomSampler
 w = pd.read_csv('{file}').set_index('path').weight                 # dataset: torchvision's ImageFolder of '{folder}'
 inside = [path.replace('\\\\', '/')[len('{folder}'.rstrip('/'))+1:] for path, _ in dataset.samples]
-loader = DataLoader(dataset, batch_size=64, sampler=WeightedRandomSampler(w[inside].to_numpy(), len(dataset)))"""
+loader = DataLoader(dataset, batch_size=64, sampler=WeightedRandomSampler(w.reindex(inside).fillna(0).to_numpy(), len(w)))"""
 
 def snippet(
     file:str,   # of the weights
@@ -89,7 +89,7 @@ def to_collect(
 )->pd.DataFrame:        # a row per class with a shortcut
     "Which kind of image the set needs more of."
     t = table[table.part=='train']
-    against = t.flags.str.contains('against the shortcut') & ~t.flags.str.contains('blank|unlike')
+    against = t['flags'].str.contains('against the shortcut') & ~t['flags'].str.contains('blank|unlike')
     def row(name):
         mine = t[t['class']==name]
         rare = mine[against[mine.index]].sort_values('score', ascending=False, kind='stable')
@@ -144,7 +144,7 @@ def marked(
 )->tuple:               # a row per class: AUROC, recall and precision of the flag; a row per class and bias value
     "How well the audit found the conflicting training images, and what it made of each group."
     from sklearn.metrics import roc_auc_score
-    t = table.assign(bias=np.asarray(bias), against=table.flags.str.contains('against the shortcut'))[table.part=='train']
+    t = table.assign(bias=np.asarray(bias), against=table['flags'].str.contains('against the shortcut'))[table.part=='train']
     usual = t.groupby('class').bias.agg(lambda o: o.mode()[0])
     t['conflicting'] = t.bias != t['class'].map(usual)
     def row(name, o):
