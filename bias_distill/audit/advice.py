@@ -72,7 +72,7 @@ SNIPPET = """import pandas as pd, torch
 from torch.utils.data import DataLoader, WeightedRandomSampler
 w = pd.read_csv('{file}').set_index('path').weight                 # dataset: torchvision's ImageFolder of '{folder}'
 inside = [path.replace('\\\\', '/')[len('{folder}'.rstrip('/'))+1:] for path, _ in dataset.samples]
-loader = DataLoader(dataset, batch_size=64, sampler=WeightedRandomSampler(w.reindex(inside).fillna(0).to_numpy(), len(w)))"""
+loader = DataLoader(dataset, batch_size=64, sampler=WeightedRandomSampler(w.reindex(inside).fillna(0).tolist(), len(w)))"""
 
 def snippet(
     file:str,   # of the weights
@@ -106,7 +106,8 @@ def advice(
 )->str:                 # Markdown
     "What to do about it."
     t, lines = verdict.table, []
-    likely = t[t.verdict==LIKELY]
+    likely = t[(t.verdict==LIKELY) & (t['rare'] > 0)]
+    none = t.index[(t.verdict==LIKELY) & (t['rare']==0)]
     if len(likely):
         rare = int(likely['rare'].sum())
         lines += [f"**Weights are advised for {len(likely)} of {len(t)} classes**, in which {rare:,} images go against a shortcut. "
@@ -114,11 +115,12 @@ def advice(
                   "Train once plainly and once with `weights.csv`, and compare on images that go against the shortcut. "
                   "Weights may cost accuracy on the others.",
                   "Better than weights: collect more of the files listed below."]
-    else:
+    elif not len(none):
         lines.append(f"**Do not weight this set.** No class is of two kinds more than chance would have it. {PRICE}")
+    if len(none): lines.append(f"Of {', '.join(none)}, not one image goes against the shortcut. Weights can do nothing there: collect some.")
     if (t.verdict==NOTHING).any() and len(likely):
         lines.append(f"The other classes keep a weight of 1. {PRICE}")
-    said = dict(blank='not lifted', copy='share one weight', unlike='not lifted') | {
+    said = dict(blank='not lifted', copy='keep one of each', unlike='not lifted') | {
         'copy across': 'remove them from one side: the test is not blind', 'looks like another class': 'check the label'}
     lines += [f'{int(flags[k].sum()):,} images: *{k}* ({said[k]}).' for k in FLAGS if flags[k].any()]
     return '\n'.join(f'- {o}' for o in lines)

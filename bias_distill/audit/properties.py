@@ -164,5 +164,5 @@ def plot_tells(
         ax.text(v+.01, i, f'{classes[row.argmax()]} {row.max():.2f}'.replace('$', r'\$'), va='center', fontsize=8)
     ax.set(xlim=(0,1.15), xlabel='balanced accuracy over all classes, held out; the class told best, against the rest')
     ax.spines[['top','right']].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, loc='lower right')
+    ax.legend(frameon=False, fontsize=8, loc='lower left', bbox_to_anchor=(0,1), borderaxespad=0)
     return ax

@@ -44,7 +44,7 @@ def sheet(
         low, high = extremes(score[i], n)
         row[:len(low)], row[2*n+1-len(high):] = x[i[low]], x[i[high]]
     ax = show_grid(rows, titles=[plain(classes[k]) for k in which], size=size)
-    for at,text in ((0,'least weight'), (n+1,'most weight')):
+    for at,text in ((0,'most usual'), (n+1,'rarest')):
         ax.text(at/(2*n+1), 1.02, text, transform=ax.transAxes, fontsize=9)
     return ax
 
