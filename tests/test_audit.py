@@ -66,3 +66,14 @@ def test_a_folder_too_small_to_say(tmp_path):
     assert code == 0, err[-3000:]
     assert set(pd.read_csv(tmp_path/'out/verdict.csv').verdict) == {'too few images to say'}
     assert (pd.read_csv(tmp_path/'out/weights.csv').weight == 1).all()
+
+def test_parameters_are_the_fields():
+    "The cell that papermill reads against the model: names, order, defaults, words of help."
+    import ast, json, re
+    from bias_distill.audit.asked import Asked
+    cells = json.loads((ROOT/'nbs/audit.ipynb').read_text(encoding='utf-8'))['cells']
+    cell = next(c for c in cells if 'parameters' in c['metadata'].get('tags', []))
+    found = [re.fullmatch(r'(\w+) = (.*?) +# (.*)', l.rstrip('\n')).groups() for l in cell['source']]
+    fields = Asked.model_fields
+    assert [o[0] for o in found] == list(fields)
+    for name,value,_ in found: assert ast.literal_eval(value) == (None if fields[name].is_required() else fields[name].default)

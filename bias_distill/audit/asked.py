@@ -17,7 +17,7 @@ class Asked(BaseModel):
     "What an audit was asked for."
     model_config = ConfigDict(frozen=True, strict=True, extra='forbid')
     data_dir:str = Field(description='the folder: <class>/*.png, or train/ and test/ that hold such')
-    labels:str|None = Field(None, description='a CSV with the columns path and bias, where the truth is known; to mark the audit')
+    labels:str|None = Field(None, description='a CSV with path and bias, where the truth is known; to mark the audit')
     size:Literal[28,32,64] = Field(32, description='pixels a side that the encoder sees')
     seed:int = Field(0, ge=0, description='fixes everything')
     out_dir:str = Field('audit', description='where the tables, weights and pictures go')
@@ -38,8 +38,8 @@ def asked(
 
 # %% ../../nbs/audit/08_asked.ipynb #49a99b74
 def check_places(
-    a:Asked,
-)->Asked: # the same
+    a:Asked, # checked by itself
+)->Asked:    # the same
     "Refuse a folder that is not there, and results inside the images; a ValueError or FileNotFoundError."
     data, out = Path(a.data_dir).expanduser(), Path(a.out_dir).expanduser()
     if not data.is_dir(): raise FileNotFoundError(f"data_dir={a.data_dir!r}: no such folder")

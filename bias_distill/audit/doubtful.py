@@ -43,6 +43,7 @@ def near_pairs(
         return torch.stack([i, j], 1)[i < j]+at
     return torch.cat([block(at) for at in range(0, len(b), rows)])
 
+# %% ../../nbs/audit/03_doubtful.ipynb #82d676c1
 def alike(
     x:Tensor,     # (n, 3, h, w) uint8 images
     pairs:Tensor, # (pairs, 2) indices
@@ -54,6 +55,7 @@ def alike(
         return F.normalize(t-t.mean(1, keepdim=True), dim=1)
     return torch.cat([(unit(i)*unit(j)).sum(1) for i,j in (o.T for o in pairs.split(rows))])
 
+# %% ../../nbs/audit/03_doubtful.ipynb #62cdf3d1
 def copies(
     seen:pd.DataFrame, # with `digest`, `phash` and `spread`, a row per file
     x:Tensor,          # (n, 3, h, w) uint8 images
@@ -100,7 +102,7 @@ def looks_like(
     near:Tensor, # (n, k) indices of neighbours
     y:Tensor,    # (n,) integer labels
     classes:int, # number of classes
-)->tuple:        # (n,) nearest other class, -1 where no neighbour is of another; (n,) bool, is it nearly surely that one
+)->tuple:        # (n,) nearest other class, -1: no neighbour is of another; (n,) bool, are nearly all of that one
     "The class, other than its own, that an image resembles most."
     count = F.one_hot(y[near], classes).sum(1).scatter(1, y[:,None], 0)
     most, other = count.max(1)

@@ -37,6 +37,7 @@ def _grey(x):
     g = (x.float()*torch.tensor([.299,.587,.114])[:,None,None]).sum(1, keepdim=True).round().byte()
     return g.expand_as(x)
 
+# %% ../../nbs/audit/04_plants.ipynb #99610d1a
 PLANTS = ('frame','logo','grey','quality')
 
 def plant(

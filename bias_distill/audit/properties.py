@@ -50,7 +50,8 @@ def colours(
     res = dict(hue_x=(np.cos(angle)*(top-low)).mean(), hue_y=(np.sin(angle)*(top-low)).mean(),
                saturation=((top-low)/np.maximum(top, 1e-6)).mean(), brightness=grey.mean(), contrast=grey.std(),
                sharpness=math.log(ripple.var()+1e-6))
-    res |= {f'border_{c}': v for c,v in zip('rgb', edge.mean(0))} | {f'border_{c}_spread': v for c,v in zip('rgb', edge.std(0))}
+    res |= {f'border_{c}': v for c,v in zip('rgb', edge.mean(0))}
+    res |= {f'border_{c}_spread': v for c,v in zip('rgb', edge.std(0))}
     for name,t in corners.items():
         res |= {f'corner_{name}_{c}': v for c,v in zip('rgb', t.mean((0,1)))} | {f'corner_{name}_spread': t.std()}
     return {k: float(v) for k,v in res.items()}
@@ -134,7 +135,8 @@ def what_tells(
 )->Tells:
     "How well each property alone tells the class, held out, beside what chance gives; a ValueError for a class of one."
     y, k = np.asarray(y), len(classes)
-    if np.bincount(y, minlength=k).min() < 2: raise ValueError("a class of fewer than 2 images cannot be cross-validated")
+    if np.bincount(y, minlength=k).min() < 2:
+        raise ValueError("a class of fewer than 2 images cannot be cross-validated")
     rng, rows, guesses = np.random.default_rng(seed), {}, {}
     for name,pick in properties.items():
         part = seen[pick(seen.columns)]

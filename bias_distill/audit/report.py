@@ -39,9 +39,11 @@ def _of_test(z, y, part, v, classes):
         if not i.any(): continue
         score[i] = score_among(z[i], z[train][own], VARIANCE)
         rare = v.rare[own]
-        if rare.any() and 'the picture' in v.table.loc[name,'leans on']: against[i] = score[i] >= v.score[own][rare].min()
+        if not rare.any() or 'the picture' not in v.table.loc[name,'leans on']: continue
+        against[i] = score[i] >= v.score[own][rare].min()
     return score[~train], against[~train]
 
+# %% ../../nbs/audit/09_report.ipynb #6b3d4672
 def audit(
     p:Pictures,         # all images
     seen:pd.DataFrame,  # a row per image: `colours`, `file_facts` and `fingerprint`
@@ -53,10 +55,12 @@ def audit(
     x, y = p.x[train], p.y[train]
     z = encode(first_sight(x, y, progress, seed=seed), p.x, False)
     score = -class_density(z[train], y, VARIANCE)
-    tells = what_tells(seen[train.numpy()], y.numpy(), p.classes, seed=seed) if y.bincount(minlength=k).min() > 1 else None
+    several = y.bincount(minlength=k).min() > 1
+    tells = what_tells(seen[train.numpy()], y.numpy(), p.classes, seed=seed) if several else None
     v, near = verdict(score, y, p.classes, tells, seed), neighbours(z, seed=seed)[0]
     flags = doubtful(seen, p.x, p.y, p.part, near, k, seed)
-    everyone, against, w = torch.zeros(len(p.y)), torch.zeros(len(p.y), dtype=torch.bool), torch.full((len(p.y),), torch.nan)
+    everyone, w = torch.zeros(len(p.y)), torch.full(p.y.shape, torch.nan)
+    against = torch.zeros(len(p.y), dtype=torch.bool)
     everyone[train], against[train] = v.score, v.rare
     everyone[~train], against[~train] = _of_test(z, p.y, p.part, v, p.classes)
     flags.loc[against.numpy(), 'looks like another class'] = False
@@ -66,14 +70,15 @@ def audit(
 
 # %% ../../nbs/audit/09_report.ipynb #cf38ae73
 def write_tables(
-    a:Audit,
+    a:Audit,          # what was found
     out_dir:str|Path, # made where it is not there; files of these names are replaced
 )->list:              # of the files
     "The tables of an audit as CSV."
     out, train = Path(out_dir).expanduser(), a.table[a.table.part=='train']
     out.mkdir(parents=True, exist_ok=True)
-    tables = dict(audit=a.table, weights=train[['path','weight']], verdict=a.verdict.table.rename_axis('class').reset_index(),
-                  collect=to_collect(a.table, a.verdict).rename_axis('class').reset_index())
+    by_class = dict(verdict=a.verdict.table, collect=to_collect(a.table, a.verdict))
+    tables = dict(audit=a.table, weights=train[['path','weight']])
+    tables |= {k: t.rename_axis('class').reset_index() for k,t in by_class.items()}
     if a.tells is not None: tables['properties'] = a.tells.table.rename_axis('property').reset_index()
     for name,t in tables.items(): t.to_csv(out/f'{name}.csv', index=False)
     return [out/f'{name}.csv' for name in tables]

@@ -26,6 +26,7 @@ def extremes(
     m = min(n, max(1, len(order)//2))
     return order[:m], order[-m:]
 
+# %% ../../nbs/audit/06_sheets.ipynb #2b422642
 def sheet(
     x:Tensor,     # (n, 3, h, w) uint8 images
     y:Tensor,     # (n,) integer labels
@@ -82,7 +83,8 @@ def rare_sheet(
     size:float=.46, # inches an image
 ):               # the axes
     "Two rows per cluster of the rare: its most central images, and below each the common image most like it."
-    if not 0 < rare.sum() < len(rare): raise ValueError(f"{int(rare.sum())} of {len(rare)} images are rare: nothing to compare")
+    if not 0 < rare.sum() < len(rare):
+        raise ValueError(f"{int(rare.sum())} of {len(rare)} images are rare: nothing to compare")
     own, common = rare.nonzero()[:,0], (~rare).nonzero()[:,0]
     rows, titles = [], []
     for i in kinds_of(z[own]):

@@ -126,6 +126,7 @@ def _of_class(score, tells, names, k, i, seed):
     verdict = LIKELY if seen else NOTHING
     return [len(i), verdict, ', '.join(seen), int(rare.sum()), '; '.join(words)], rare, ranks
 
+# %% ../../nbs/audit/05_verdict.ipynb #77498cde
 def verdict(
     score:Tensor,     # (n,) of the training images, high for the rare
     y:Tensor,         # (n,) integer labels
