@@ -14,7 +14,7 @@ from .advice import audit_table, sampler_weights, score_among, to_collect
 from .doubtful import doubtful, looks_like, neighbours
 from .look import Pictures
 from .properties import Tells, what_tells
-from .verdict import VARIANCE, Verdict, first_sight, verdict
+from .verdict import VARIANCE, Verdict, apart, first_sight, verdict
 from ..weights.kde import class_density
 from ..weights.supcon import encode
 
@@ -30,17 +30,17 @@ class Audit:
     flags:pd.DataFrame  # of all images
     table:pd.DataFrame  # a row per file
 
-def _of_test(z, y, part, v, classes):
-    "Scores of the test part, 0 to 1, and who of it goes against what the encoder saw."
+def _of_test(z, y, part, raw, v, classes):
+    "Scores of the test part, 0 to 1, and who of it goes against what the encoder saw in the others' scores, `raw`."
     train, score = part==0, torch.zeros(len(y))
     against = torch.zeros(len(y), dtype=torch.bool)
     for k,name in enumerate(classes):
         i, own = (~train) & (y==k), y[train]==k
         if not i.any(): continue
         score[i] = score_among(z[i], z[train][own], VARIANCE)
-        rare = v.rare[own]
-        if not rare.any() or 'the picture' not in v.table.loc[name,'leans on']: continue
-        against[i] = score[i] >= v.score[own][rare].min()
+        if 'the picture' not in v.table.loc[name,'leans on']: continue
+        beyond = (raw[own] > apart(raw[own])[1]).float().mean()
+        against[i] = score[i] >= 1-beyond
     return score[~train], against[~train]
 
 # %% ../../nbs/audit/09_report.ipynb #6b3d4672
@@ -62,7 +62,7 @@ def audit(
     everyone, w = torch.zeros(len(p.y)), torch.full(p.y.shape, torch.nan)
     against = torch.zeros(len(p.y), dtype=torch.bool)
     everyone[train], against[train] = v.score, v.rare
-    everyone[~train], against[~train] = _of_test(z, p.y, p.part, v, p.classes)
+    everyone[~train], against[~train] = _of_test(z, p.y, p.part, score, v, p.classes)
     flags.loc[against.numpy(), 'looks like another class'] = False
     w[train] = sampler_weights(v, y, flags[train.numpy()])
     table = audit_table(p, everyone, w, looks_like(near, p.y, k)[0], flags, against)

@@ -119,10 +119,11 @@ def _of_class(score, tells, names, k, i, seed):
     words = []
     if rare.any(): words.append(f'{times:.0f} times as far apart as by chance')
     if properties: words.append(f'{properties[0]} alone tells it: {tells.table.loc[properties[0], names[k]]:.2f}')
-    if properties and not rare.any():
-        own = torch.from_numpy(tells.guesses[properties[0]][i.numpy(), k])
-        said = torch.from_numpy(tells.guesses[properties[0]][i.numpy()].argmax(1))
-        rare, ranks = said != k, _ranks(_ranks(-own.float()).round(decimals=6)+1e-4*ranks)
+    if properties:
+        p = tells.guesses[properties[0]][i.numpy()]
+        order = torch.from_numpy(np.lexsort((ranks.numpy(), -p[:,k])))   # by the guess, then by the density
+        if not rare.any(): ranks = order.argsort().float()/(len(i)-1)
+        rare = rare | torch.from_numpy(p.argmax(1) != k)
     verdict = LIKELY if seen else NOTHING
     return [len(i), verdict, ', '.join(seen), int(rare.sum()), '; '.join(words)], rare, ranks
 
