@@ -40,6 +40,27 @@ def test_refused_in_one_line(name, tmp_path):
     code, err = papermill(tmp_path/'out.ipynb', *args)
     assert code == 1 and said in err.strip().splitlines()[-1], err[-1500:]
 
+def blank_images(top, **counts):
+    "A folder of grey images, so many of each class."
+    x, y = torch.full((sum(counts.values()), 3, 28, 28), 128).byte(), torch.arange(len(counts))
+    write_images(top, x, y.repeat_interleave(torch.tensor([*counts.values()])), [*counts])
+
+SMALL = {
+    'one class': (dict(cat=30), '', 'pictures: expected two classes or more, a folder each in it, found 1 (cat)'),
+    'five images': (dict(cat=3, dog=2), '', '3 images train, too few for an audit: expected 20 or more in all'),
+    'columns': (dict(cat=20, dog=20), 'file,label\ncat/00000.png,x\n',
+                "labels.csv': expected the columns path and bias, found file, label")}
+
+@pytest.mark.parametrize('name', SMALL)
+def test_refused_after_a_look(name, tmp_path):
+    counts, labels, said = SMALL[name]
+    blank_images(tmp_path/'pictures', **counts)
+    (tmp_path/'labels.csv').write_text(labels, encoding='utf-8')
+    args = ['-p','labels',tmp_path/'labels.csv'] if labels else []
+    code, err = papermill(tmp_path/'out.ipynb', '-p','data_dir',tmp_path/'pictures','-p','out_dir',tmp_path/'audit', *args)
+    assert code == 1 and said in err.strip().splitlines()[-1], err[-1500:]
+    assert not (tmp_path/'audit').exists()
+
 def test_planted_folder(digits):
     top, paths, free = digits
     pd.DataFrame(dict(path=paths, bias=['plain' if o else 'logo' for o in free.tolist()])).to_csv(top/'labels.csv', index=False)

@@ -12,7 +12,7 @@ import numpy as np, pandas as pd, torch
 from torch import Tensor
 from .doubtful import FLAGS
 from .look import everything
-from .verdict import LIKELY, NOTHING, Verdict
+from .verdict import FEW, LIKELY, NOTHING, Verdict
 from ..data.names import for_markdown
 from ..data.split import BiasedDataset
 from ..weights.kde import log_density
@@ -34,7 +34,7 @@ def sampler_weights(
     for k,said in enumerate(verdict.table['verdict']):
         i = y==k
         n, m = int(i.sum()), int((lifted & i).sum())
-        if said != LIKELY or not 0 < m < n: continue
+        if said != LIKELY or not FEW <= m < n: continue
         w[i] = torch.where(lifted[i], n/2/m, n/2/(n-m))
         copies = pd.Series(flags['group'].to_numpy()[i.numpy()])
         many = copies.groupby(copies).transform('size').where(copies >= 0, 1)
@@ -74,7 +74,8 @@ def audit_table(
 # %% ../../nbs/audit/07_advice.ipynb #828d3d42
 SNIPPET = """import pandas as pd, torch
 from torch.utils.data import DataLoader, WeightedRandomSampler
-w = pd.read_csv({file!r}).set_index('path').weight                 # dataset: torchvision's ImageFolder of {folder!r}, or its train/
+w = pd.read_csv({file!r}).set_index('path').weight
+# dataset: torchvision's ImageFolder of {folder!r}, or of its train/
 inside = [path.replace('\\\\', '/')[len({folder!r}.rstrip('/'))+1:] for path, _ in dataset.samples]
 sampler = WeightedRandomSampler(w.reindex(inside).fillna(0).tolist(), len(w))
 loader = DataLoader(dataset, batch_size=64, sampler=sampler)"""
@@ -115,8 +116,8 @@ def advice(
 )->str:                 # Markdown
     "What to do about it."
     t, lines = verdict.table, []
-    likely = t[(t.verdict==LIKELY) & (t['rare'] > 0)]
-    none = t.index[(t.verdict==LIKELY) & (t['rare']==0)]
+    likely = t[(t.verdict==LIKELY) & (t['rare'] >= FEW)]
+    none = t.index[(t.verdict==LIKELY) & (t['rare'] < FEW)]
     if len(likely):
         rare = int(likely['rare'].sum())
         lines += [f"**Weights are advised for {len(likely)} of {len(t)} classes**, "
@@ -127,8 +128,8 @@ def advice(
                   "Better than weights: collect more of the files listed below."]
     elif not len(none):
         lines.append(f"**Do not weight this set.** No class is of two kinds more than chance would have it. {PRICE}")
-    if len(none): lines.append(f"Of {', '.join(map(for_markdown, none))}, not one image goes against the shortcut. "
-                               "Weights can do nothing there: collect some.")
+    if len(none): lines.append(f"Of {', '.join(map(for_markdown, none))}, fewer than {FEW} images "
+                               "go against the shortcut. Weights can do nothing there: collect some.")
     if (t.verdict==NOTHING).any() and len(likely):
         lines.append(f"The other classes keep a weight of 1. {PRICE}")
     lines += [f'{int(flags[k].sum()):,} images: *{k}* ({DONE[k]}).' for k in FLAGS if flags[k].any()]
