@@ -163,7 +163,8 @@ def plot_tells(
     classes = t.columns[2:]
     ax.barh(t.index, t['balanced accuracy'], color='#8fb8de')
     ax.plot(t['chance'], range(len(t)), '|', ms=12, mew=2, color='#e07b39', label='what chance reaches, 1 in 20 times')
-    for i,(v,row) in enumerate(zip(t['balanced accuracy'], t[classes].to_numpy())):
+    ends = t[['balanced accuracy','chance']].max(axis=1) # the text is right of both
+    for i,(v,row) in enumerate(zip(ends, t[classes].to_numpy())):
         ax.text(v+.01, i, for_figure(f'{classes[row.argmax()]} {row.max():.2f}'), va='center', fontsize=8)
     ax.set(xlim=(0,1.15), xlabel='balanced accuracy over all classes, held out; the class told best, against the rest')
     ax.spines[['top','right']].set_visible(False)
