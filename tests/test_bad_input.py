@@ -427,6 +427,7 @@ PAPERMILL = {
     'another set\'s setting': (['-p','backgrounds_per_class','3'], 'backgrounds_per_class=3: cmnist takes severity and second_bias and second_conflict'),
     'no faces': (['-p','dataset','utkface'], 'it is published at susanqq.github.io/UTKFace, and not downloaded here. Fetch it, and name the folder that holds UTKFace.tar.gz'),
     'folder of nobody': (['-p','dataset','folder'], 'no data_dir: expected your images, in <data_dir>/<class>/*.png'),
+    'folder of a year': (['-p','dataset','folder','-p','data_dir','2024'], 'data_dir=2024: expected str, got int. Papermill takes 2024, 1e5, nan or True for values: write -p data_dir ./2024 or -r data_dir 2024'),
     'dataset': (['-p','dataset','cmnst'], "unknown dataset 'cmnst', did you mean 'cmnist'? (choose from: cmnist"),
 }
 

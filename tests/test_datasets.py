@@ -1,12 +1,13 @@
 "The main job runs on every dataset, on small sets made here; what is wrong with files is said before any work; nothing lands beside the data."
 import gzip, io, json, os, struct, subprocess, sys, tarfile
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from conftest import LIMIT
 from PIL import Image
 from bias_distill.data.kept import cache_dir, kept, kept_dir, kept_path
 from bias_distill.experiment.tables import DATASETS, load
 from bias_distill.data.cmnist import MNIST_FILES
+from bias_distill.data.names import for_markdown
 from bias_distill.experiment.settings import complete
 from test_run import finish, job
 
@@ -396,7 +397,7 @@ def test_round_trip(made, tmp_path):
 
 @pytest.mark.parametrize('name', ['folder','cmnist'])
 def test_notebook(name, tmp_path):
-    given = dict(folder=dict(data_dir=own(tmp_path/'mine')), cmnist=dict(second_bias='scale', second_conflict=.1, weighting='kde_rare', compare='uniform,oracle'))[name]
+    given = dict(folder=dict(data_dir=own(tmp_path/'mine', ('US$5_$','a|b','猫','$$'))), cmnist=dict(second_bias='scale', second_conflict=.1, weighting='kde_rare', compare='uniform,oracle'))[name]
     args = [o for k,v in (given | dict(dataset=name, profile='smoke', ipc=2, out_dir=tmp_path/'runs')).items() for o in ('-p', k, str(v))]
     env = {k: v for k,v in os.environ.items() if k not in ('IN_TEST','BIAS_DISTILL_DATA','MPLBACKEND')}   # inline pictures
     p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT)
@@ -404,5 +405,36 @@ def test_notebook(name, tmp_path):
     outputs = [o for c in json.loads((tmp_path/'out.ipynb').read_text())['cells'] for o in c.get('outputs', [])]
     text = '\n'.join(''.join(o['data'].get('text/markdown', '')) for o in outputs if 'data' in o)
     assert sum('image/png' in o.get('data', {}) for o in outputs) >= 6
+    tables = list((tmp_path/'runs').glob('*-weights.csv'))
+    if name == 'folder':
+        table = pd.read_csv(tables[0]); row = json.loads(tables[0].with_name(tables[0].name.replace('-weights.csv','.json')).read_text())
+        assert len(tables) == 1 and list(table) == ['path','class','part','score','weight'] and row['weighting'] == 'kde' and row['key']+'-weights.csv' in text
+        assert table.weight.dropna().is_monotonic_decreasing and (table.part == ['train']*row['n_train']+['test']*row['n_test']).all() and all((tmp_path/'mine'/o).is_file() for o in table.path)
+        assert (table.groupby('class').weight.mean()-1).abs().max() < 1e-4 and text.count('.png |') == 10 and all(f'| {for_markdown(o)} | {for_markdown(c)} |' in text for o,c in zip(table.path[:10], table['class']))
+    else: assert not tables and 'weights.csv' not in text
     if name == 'folder': assert 'AUROC' not in text and 'conflicting' not in text.replace('bias-conflicting','') and '| DM + KDE |' in text
     else: assert 'against colour and scale' in text and 'DM + KDE, two levels (ours)' in text and 'DM + oracle (bias labels)' in text
+
+# -- the files behind the images
+
+def from_disk(data, name, size): from bias_distill.data.files import decode; return torch.from_numpy(decode((data/name).read_bytes(), size, name))
+
+@pytest.mark.parametrize('split', ['test','validation'])
+@pytest.mark.parametrize('made', ['folder','layout'], indirect=True)
+def test_every_image_knows_its_file(made, split, monkeypatch):
+    "Before and after the cache, in both parts; labels, pixels and fingerprint are those without names."
+    name, given, data = made
+    first, again = (load(name, given.get('conflict'), 0, data, split, **{k: v for k,v in given.items() if k != 'conflict'}) for _ in range(2))
+    assert first.files == again.files and first.fingerprint == again.fingerprint and len(set(first.files[0]+first.files[1])) == len(first.train)+len(first.test)
+    for part,files in ((first.train, first.files[0]), (first.test, first.files[1])):
+        assert len(files) == len(part) and all(torch.equal(from_disk(data, o, 32), x) for o,x in zip(files, part.x))
+
+@pytest.mark.filterwarnings('ignore:no miniplaces')
+def test_built_in_sets_have_no_files(): assert load('cmnist').files is None
+
+def test_an_entry_without_names_is_old_and_made_anew(tmp_path):
+    from bias_distill.data.kept import load_tensors, save_tensors
+    data = own(tmp_path/'mine'); good = load('folder', None, data_dir=data); f, = kept_dir().glob('folder-*')
+    tensors, meta = load_tensors(f); save_tensors(f, tensors, **meta | dict(texts=dict(classes='["cats","dogs","owls"]', others='0')))
+    again = load('folder', None, data_dir=data)
+    assert again.files == good.files and again.fingerprint == good.fingerprint and 'found' in load_tensors(f)[1]['texts']

@@ -53,7 +53,7 @@ def exported():
     for p in sorted(ROOT.glob('bias_distill/**/*.py')):
         if p.name not in ('_modidx.py','__init__.py'): yield p, ast.parse(p.read_text(encoding='utf-8'))
 
-FLOORS = ['data','networks','weights','distill','debias','experiment','results']
+FLOORS = ['data','networks','weights','distill','debias','experiment','audit','results']
 
 def test_imports_go_down():
     "A folder is a floor: a module imports its own folder and those below, and nothing registers itself upstairs."

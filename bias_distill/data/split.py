@@ -10,7 +10,7 @@ import functools, hashlib
 from dataclasses import dataclass, replace
 import matplotlib.pyplot as plt, torch, torch.nn.functional as F
 from torch import Tensor
-from .names import check_share
+from .names import check_share, for_figure
 
 # %% ../../nbs/data/01_split.ipynb #5e11a0d0
 def _check_tensors(x, y, b):
@@ -76,6 +76,7 @@ class BiasedDataset:
     biases:tuple|None=None  # of str, one a bias value; for several biases a tuple of such tuples
     source:str=''           # where the images came from, without any path
     kinds:tuple=('bias',)   # of str, what each bias is: 'colour'
+    files:tuple|None=None   # (train, test), each a tuple of str: an image's path below the data folder; None: unknown
     def __post_init__(self):
         tables = [o.usual for o in (self.train, self.test) if o.b is not None]
         if len({None if o is None else tuple(o.flatten().tolist()) for o in tables}) > 1:
@@ -171,7 +172,7 @@ def even_groups(
 def show_grid(
     x:Tensor,      # (n, 3, h, w) or (rows, columns, 3, h, w) images, uint8 or float in 0..1 (clipped to it)
     rows:int|None=None,  # number of rows, filled from the left; about a square where not given
-    titles=None,   # one text a row, at its left
+    titles=None,   # one text a row, at its left; shown as it is, `$` is no formula
     ax=None,       # axes to draw into
     border:int=1,  # white pixels around each image
     size:float=.46, # inches an image, where `ax` is not given
@@ -188,7 +189,8 @@ def show_grid(
     r,c,_,h,w = x.shape
     if ax is None: ax = plt.subplots(figsize=(size*c, size*r*h/w), layout='constrained')[1]
     ax.imshow(x.permute(0,3,1,4,2).reshape(r*h, c*w, 3).numpy(), interpolation='nearest')
-    ax.set(xticks=[], yticks=[h*(i+.5)-.5 for i in range(r)] if titles else [], yticklabels=titles or [])
+    titles = [for_figure(o) for o in titles or ()]
+    ax.set(xticks=[], yticks=[h*(i+.5)-.5 for i in range(r)] if titles else [], yticklabels=titles)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return ax

@@ -103,11 +103,12 @@ def _load(self:Experiment, data_dir):
     self.data = load(r.dataset, r.conflict, r.seed, data_dir, r.split, **own)
     self.classes = len(self.data.classes)
     self.train, self.test = self.data.train.to(device), self.data.test.to(device)
-    small = self.data.train.y.bincount(minlength=self.classes).min()
+    trains, judges = (s.y.bincount(minlength=self.classes).tolist() for s in (self.data.train, self.data.test))
+    k = trains.index(min(trains))
     for r in self.runs:
-        if r.ipc <= small: continue
-        raise ValueError(f'ipc={r.ipc}: the smallest class of {self.data.source} has {small} images; '
-                         'expected at most that')
+        if r.ipc <= trains[k]: continue
+        raise ValueError(f'ipc={r.ipc}: the smallest class of {self.data.source}, {self.data.classes[k]!r}, has '
+                         f'{trains[k]} images to train with (and {judges[k]} that judge); expected at most that')
 
 # %% ../../nbs/experiment/07_experiment.ipynb #15460dd6
 @patch

@@ -29,6 +29,14 @@ def attempt(
     except ValueError as e: return None, [str(e)]
 
 # %% ../../nbs/experiment/03_params.ipynb #3041e685
+def _not_a_name(k, v):
+    "That a place is no text, and how papermill is told one that looks like a number."
+    said = f'{k}={v!r}: expected str, got {type(v).__name__}'
+    if not isinstance(v, (int, float)): return said
+    name = v if type(v) is int else 'NAME' # 1e5 has become 100000.0
+    means = '' if name == v else ', where NAME is what the folder is called'
+    return f"{said}. Papermill takes 2024, 1e5, nan or True for values: write -p {k} ./{name} or -r {k} {name}{means}"
+
 def read_params(
     names:dict, # a notebook's `globals()`
 )->dict:        # runs, data_dir, out_dir: arguments of `Experiment`
@@ -40,7 +48,7 @@ def read_params(
     fresh = [] if names.get('_params_read') else [k for k in plain_values(names) if k not in known]
     bad = [unknown('parameter', k, known) for k in fresh]
     odd = {k: v for k,v in places.items() if OTHER[k] is str and type(v) is not str}
-    bad += [f'{k}={v!r}: expected str, got {type(v).__name__}' for k,v in odd.items()]
+    bad += [_not_a_name(k, v) for k,v in odd.items()]
     compare = places.pop('compare', True)
     bad += attempt(lambda: compared(compare))[1]
     run, more = attempt(lambda: complete(**given))

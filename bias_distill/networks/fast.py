@@ -6,7 +6,7 @@
 __all__ = ['fast_dtype', 'autocast', 'can_compile', 'compiled', 'how', 'bite', 'channels_last', 'features']
 
 # %% ../../nbs/networks/02_fast.ipynb #6f98cbdf
-import contextlib, functools, logging, os, shutil, warnings
+import contextlib, functools, logging, os, shlex, shutil, subprocess, tempfile, warnings
 import torch
 from torch import Tensor
 from ..data.kept import cache_dir
@@ -32,12 +32,31 @@ def autocast(
     return contextlib.nullcontext() if dtype==torch.float32 else torch.autocast(device, dtype)
 
 # %% ../../nbs/networks/02_fast.ipynb #5a134117
+def _compiler():
+    "The C++ compiler that `torch.compile` calls, as a list of words; [] where there is none."
+    named = shlex.split(os.environ.get('CXX') or '')
+    return named or [o for o in ('g++','clang++','c++','cl') if shutil.which(o)][:1]
+
+def _fails(compiler):
+    "Why a compiler cannot make a library of five words; '' if it can."
+    if compiler[-1] == 'cl': return '' # takes other arguments
+    with tempfile.TemporaryDirectory() as t:
+        source = os.path.join(t, 'a.cpp')
+        with open(source, 'w') as f: f.write('#include <vector>\nint f(){ return std::vector<int>(5).size(); }\n')
+        args = [*compiler, '-shared', '-fPIC', source, '-o', os.path.join(t, 'a.so')]
+        try: done = subprocess.run(args, capture_output=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as e: return str(e)
+    return f'it ended with {done.returncode}' if done.returncode else ''
+
 @functools.cache
 def can_compile()->bool:
-    "True where `torch.compile` has a C++ compiler to call; else one warning. False where BIAS_DISTILL_EAGER is set."
+    "True where `torch.compile` has a C++ compiler that works; else one warning. False where BIAS_DISTILL_EAGER is set."
     if os.environ.get('BIAS_DISTILL_EAGER'): return False
-    if os.environ.get('CXX') or any(map(shutil.which, ('g++','clang++','c++','cl'))): return True
-    warnings.warn("no C++ compiler found: running without torch.compile, several times slower")
+    compiler = _compiler()
+    why = _fails(compiler) if compiler else 'there is none'
+    if not why: return True
+    name = f" {' '.join(compiler)!r}"*bool(compiler)
+    warnings.warn(f"no C++ compiler{name} that works ({why}): running without torch.compile, several times slower")
     return False
 
 # %% ../../nbs/networks/02_fast.ipynb #ee37bdd9

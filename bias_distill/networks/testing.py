@@ -9,7 +9,7 @@ __all__ = ['predict', 'group_table', 'patterns', 'unfairness', 'by_group', 'copi
 import itertools
 import torch
 from torch import Tensor
-from ..data.names import check_positive
+from ..data.names import check_positive, for_figure
 from ..data.split import Split
 from .fast import bite, compiled, features
 from .training import check_training_set
@@ -173,7 +173,7 @@ def plot_groups(
         at = torch.arange(len(v))+(j-(len(kinds)-1)/2)*.26
         spread = [o.std().item() if len(o)>1 else 0 for o in v]
         ax.bar(at, [o.mean() for o in v], .24, yerr=spread, color=colour, label={'accuracy':'all'}.get(kind, kind))
-    ax.set_xticks(range(len(rows)), list(rows))
+    ax.set_xticks(range(len(rows)), [for_figure(o) for o in rows])
     ax.set_ylim(0, 100)
     ax.set_ylabel('test accuracy, %')
     ax.spines[['top','right']].set_visible(False)

@@ -8,6 +8,7 @@ __all__ = ['COLOURS', 'MARKERS', 'CEILING', 'FREE', 'looks', 'panels', 'one_lege
 
 # %% ../../nbs/results/04_figures.ipynb #24f3b0e4
 import matplotlib.pyplot as plt, seaborn as sns
+from ..data.names import for_figure
 from ..data.split import show_grid
 from ..experiment.tables import WEIGHTINGS, method
 from .rows import flat, where
@@ -171,6 +172,6 @@ def strip(
     fig,axs = plt.subplots(1, len(parts), figsize=(len(parts)*n*.36+.3, classes*.36+.5), squeeze=False)
     for ax,(title,x) in zip(axs[0], parts.items()):
         show_grid(x[:,:n].detach().cpu(), ax=ax)
-        ax.set_title(title + ' — SMOKE'*smoke, fontsize=9)
+        ax.set_title(for_figure(title) + ' — SMOKE'*smoke, fontsize=9)
     fig.tight_layout()
     return fig

@@ -1,0 +1,100 @@
+"The audit through papermill: what it refuses, what it finds in a folder with a planted shortcut, what it leaves."
+import os, subprocess, sys
+from pathlib import Path
+import pandas as pd, pytest, torch
+from bias_distill.audit.plants import plant, write_images
+from bias_distill.data.cmnist import cmnist
+from bias_distill.data.names import seeded
+from conftest import LIMIT
+
+ROOT = Path(__file__).resolve().parents[1]
+
+def papermill(out, *args):
+    "(exit code, standard error)"
+    env = {k: v for k,v in os.environ.items() if k not in ('IN_TEST','BIAS_DISTILL_DATA')}
+    p = subprocess.run([sys.executable,'-m','papermill','nbs/audit.ipynb',str(out),'--no-progress-bar',*map(str, args)],
+                       cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT)
+    return p.returncode, p.stderr
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    "600 digits, 3 to 6, the first class with a logo but for one in ten; who goes without."
+    d = cmnist(conflict=.9, seed=0)
+    s = d.train[(d.train.y > 2) & (d.train.y < 7)]
+    s = s[torch.randperm(len(s), generator=seeded(0))[:600]]
+    x, has, free = plant(s.x, s.y-3, 'logo', .1, seed=0)
+    top = tmp_path_factory.mktemp('audit')
+    paths = write_images(top/'pictures', x, s.y-3, d.classes[3:7])
+    return top, paths, free
+
+REFUSED = {
+    'misspelt': (['-p','datadir','x'], "unknown parameter 'datadir', did you mean 'data_dir'?"),
+    'nothing': ([], 'data_dir is not given: the folder or archive:'),
+    'type': (['-p','data_dir','2024'], 'data_dir=2024: input should be a valid string; write ./2024, or -r data_dir 2024'),
+    'choice': (['-p','data_dir','.','-p','size','33'], 'size=33: input should be 28, 32 or 64'),
+    'nowhere': (['-p','data_dir','no/such/place'], "data_dir='no/such/place': no such folder")}
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_refused_in_one_line(name, tmp_path):
+    args, said = REFUSED[name]
+    code, err = papermill(tmp_path/'out.ipynb', *args)
+    assert code == 1 and said in err.strip().splitlines()[-1], err[-1500:]
+
+def blank_images(top, **counts):
+    "A folder of grey images, so many of each class."
+    x, y = torch.full((sum(counts.values()), 3, 28, 28), 128).byte(), torch.arange(len(counts))
+    write_images(top, x, y.repeat_interleave(torch.tensor([*counts.values()])), [*counts])
+
+SMALL = {
+    'one class': (dict(cat=30), '', 'pictures: expected two classes or more, a folder each in it, found 1 (cat)'),
+    'five images': (dict(cat=3, dog=2), '', '3 images train, too few for an audit: expected 20 or more in all'),
+    'columns': (dict(cat=20, dog=20), 'file,label\ncat/00000.png,x\n',
+                "labels.csv': expected the columns path and bias, found file, label")}
+
+@pytest.mark.parametrize('name', SMALL)
+def test_refused_after_a_look(name, tmp_path):
+    counts, labels, said = SMALL[name]
+    blank_images(tmp_path/'pictures', **counts)
+    (tmp_path/'labels.csv').write_text(labels, encoding='utf-8')
+    args = ['-p','labels',tmp_path/'labels.csv'] if labels else []
+    code, err = papermill(tmp_path/'out.ipynb', '-p','data_dir',tmp_path/'pictures','-p','out_dir',tmp_path/'audit', *args)
+    assert code == 1 and said in err.strip().splitlines()[-1], err[-1500:]
+    assert not (tmp_path/'audit').exists()
+
+def test_planted_folder(digits):
+    top, paths, free = digits
+    pd.DataFrame(dict(path=paths, bias=['plain' if o else 'logo' for o in free.tolist()])).to_csv(top/'labels.csv', index=False)
+    code, err = papermill(top/'out.ipynb', '-p','data_dir',top/'pictures','-p','out_dir',top/'audit','-p','labels',top/'labels.csv','-p','size',28)
+    assert code == 0, err[-3000:]
+    t, w = pd.read_csv(top/'audit/audit.csv', keep_default_na=False, dtype={'class': str}), pd.read_csv(top/'audit/weights.csv')
+    verdict = pd.read_csv(top/'audit/verdict.csv', keep_default_na=False, dtype=str).set_index('class').verdict
+    assert sorted(t.path) == sorted(paths) and set(w.path) == set(t.path[t.part == 'train'])
+    assert list(verdict.index[verdict == 'shortcut likely']) == ['3']
+    train = t[(t.part == 'train') & (t['class'] == '3')]
+    wanted = train.path.isin([o for o,f in zip(paths, free.tolist()) if f])
+    against = train['flags'].str.contains('against the shortcut')
+    assert (against & wanted).sum() >= .9*wanted.sum() and (against & wanted).sum() >= .8*against.sum()
+    weight = train.weight.astype(float)
+    assert weight[wanted].mean() > 3 and abs(weight.mean()-1) < .01
+    assert (w.weight[~w.path.str.startswith('3/')] == 1).all()
+
+def test_a_folder_too_small_to_say(tmp_path):
+    d = cmnist(conflict=.9, seed=0)
+    s = d.train[d.train.y < 2]
+    s = s[torch.randperm(len(s), generator=seeded(0))[:40]]
+    write_images(tmp_path/'in', s.x, s.y, d.classes[:2])
+    code, err = papermill(tmp_path/'out.ipynb', '-p','data_dir',tmp_path/'in','-p','out_dir',tmp_path/'out','-p','size',28)
+    assert code == 0, err[-3000:]
+    assert set(pd.read_csv(tmp_path/'out/verdict.csv').verdict) == {'too few images to say'}
+    assert (pd.read_csv(tmp_path/'out/weights.csv').weight == 1).all()
+
+def test_parameters_are_the_fields():
+    "The cell that papermill reads against the model: names, order, defaults, words of help."
+    import ast, json, re
+    from bias_distill.audit.asked import Asked
+    cells = json.loads((ROOT/'nbs/audit.ipynb').read_text(encoding='utf-8'))['cells']
+    cell = next(c for c in cells if 'parameters' in c['metadata'].get('tags', []))
+    found = [re.fullmatch(r'(\w+) = (.*?) +# (.*)', l.rstrip('\n')).groups() for l in cell['source']]
+    fields = Asked.model_fields
+    assert [o[0] for o in found] == list(fields)
+    for name,value,_ in found: assert ast.literal_eval(value) == (None if fields[name].is_required() else fields[name].default)
