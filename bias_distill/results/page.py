@@ -244,9 +244,9 @@ def fair_tables(
 def fair_verdicts(
     page:Page, # that gets them
 )->Markdown:   # the last
-    "Add where the best without labels stands against FairDD, published and run here: by accuracy, and by DEO_M."
+    "Add where our rule stands against FairDD, published and run here: by accuracy, and by DEO_M."
     sets, shown = wanted(page, 'fair_sets'), dict(accuracy='By accuracy, %', deo_m='By DEO_M, lower is better')
-    at = sets, page.scale['fair_ipcs'], FAIR_METHODS
+    at = sets, page.scale['fair_ipcs']
     parts = {title: against_fairdd(page.rows, *at, what) for what,title in shown.items() if sets}
     return [page.table(o, title=title) for title,o in parts.items()][-1] if parts else page.text('')
 
@@ -261,7 +261,7 @@ def labels_table(
     lines |= {f'none: {title}': dict(weighting=o['weighting']) for title,o in by_method(figures.FREE).items()}
     def column(name):
         at = dict(dataset=name, ipc=s['ipc'], distiller='dm')
-        return [fair_cell(page.find(**at, **o)) for o in lines.values()]
+        return [fair_cell(page.find(**at, **s['fair'], **s['fair_steps'], **o)) for o in lines.values()]
     table = DataFrame({title: column(o['dataset']) for title,o in by_dataset(sets).items()}, list(lines))
     return page.table(table, 'DM + FairDD, told') if sets else page.text('')
 
