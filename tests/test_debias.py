@@ -76,7 +76,7 @@ def test_every_weighting_says_what_it_looks_at():
         assert (w.view is None) == (k == 'uniform' or w.sees_labels)
         assert w.view is None or w.view in VIEWS
     uses = {k: w.uses for k,w in WEIGHTINGS.items()}
-    assert uses['uniform'] == uses['fairdd'] == () and uses['gap_draw'] == ('encoder_tau','encoder_width') and uses['lff'] == ('encoder_steps','encoder_width')
+    assert uses['uniform'] == () and uses['fairdd'] == ('labels_known','labels_wrong') and uses['gap_draw'] == ('encoder_tau','encoder_width') and uses['lff'] == ('encoder_steps','encoder_width')
 
 def test_views_are_kept_and_shared(tmp_path, monkeypatch):
     "A view is computed once for all weightings that look at it, also in a later run; what was chosen stands in the row."
