@@ -35,7 +35,7 @@ def group_table(
     k, m = int(y.max())+1, int(b.max())+1
     group = y*m+b
     hits = torch.bincount(group, (pred==y).double(), minlength=k*m)
-    images = torch.bincount(group, torch.ones(len(y)).double(), minlength=k*m)
+    images = torch.bincount(group, torch.ones_like(group, dtype=torch.double), minlength=k*m)
     return (100*hits/images).view(k, m)
 
 # %% ../../nbs/networks/05_testing.ipynb #38c45ce2
