@@ -11,8 +11,8 @@ from bias_distill.experiment.tables import load
 from bias_distill.data.names import seeded
 from bias_distill.distill.images import start
 from bias_distill.experiment.experiment import Experiment
-from bias_distill.experiment.params import read_params
-from bias_distill.experiment.settings import Run, complete, runs_of
+from bias_distill.experiment.params import read_params, runs_of
+from bias_distill.experiment.settings import Run, complete
 from bias_distill.weights.weighting import class_index, draw_initial, kde_draw, uniform
 from bias_distill.weights.kde import log_density, weights
 from bias_distill.networks.convnet import ConvNet

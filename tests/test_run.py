@@ -7,7 +7,8 @@ from conftest import LIMIT
 from safetensors.torch import load_file
 from bias_distill.experiment import experiment
 from bias_distill.data.names import seeded
-from bias_distill.experiment.settings import FIELDS, SINGLE, complete, runs_of
+from bias_distill.experiment.params import runs_of
+from bias_distill.experiment.settings import FIELDS, SINGLE, complete
 from bias_distill.experiment.tables import DISTILLERS, LABELS, VIEWS
 from bias_distill.experiment.experiment import Experiment
 from bias_distill.experiment.store import run_key
@@ -155,7 +156,8 @@ else:                                                                # at that s
         b.update = counted; return b
     experiment.bar = bar
 
-from bias_distill.experiment.settings import complete, runs_of
+from bias_distill.experiment.params import runs_of
+from bias_distill.experiment.settings import complete
 e = experiment.Experiment(runs_of(complete(**given)), out_dir=out)
 e.look(); e.weigh(); e.distill(save_every=0.)
 print('ROWS', json.dumps(e.judge()), flush=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .files import asked, built, decode, download as fetch, entries, offline, source_digest
 from .idx import MNIST_FILES, missing_idx, read_four
 from .kept import cache_dir, digest, kept
-from .names import check_share, seeded
+from .names import check_share, check_split, seeded
 from .split import BiasedDataset, Split, assign_bias, hold_out
 
 # %% ../../nbs/data/06_bg_fmnist.ipynb #921ae804
@@ -238,7 +238,7 @@ def _check_bg_fmnist(conflict, seed, split, k):
     "Refuse settings that no Background Fashion-MNIST can have."
     check_share(conflict)
     seeded(seed)
-    if split not in ('test','validation'): raise ValueError(f"split={split!r}: expected 'test' or 'validation'")
+    check_split(split)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"backgrounds_per_class={k!r}: expected a whole number, 1 or more")
 

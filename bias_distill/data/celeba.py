@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd, torch
 from torch import Tensor
 from tqdm import tqdm
-from .faces import FACE_SIZES, find_faces
+from .faces import check_faces, find_faces
 from .files import asked, decode, recipe, source_digest
 from .kept import kept
 from .names import lookup, seeded
@@ -72,10 +72,7 @@ def _check_celeba(conflict, size, split, seed, target, bias_attribute):
     "Refuse what can be refused before any file is read."
     if conflict is not None: raise ValueError(
         f"conflict={conflict!r}: celeba is taken as it is published, so there is no ratio to set; leave it out")
-    seeded(seed)
-    if isinstance(size, bool) or size not in FACE_SIZES:
-        raise ValueError(f"size={size!r}: expected {' or '.join(map(str, FACE_SIZES))} pixels")
-    if split not in ('test','validation'): raise ValueError(f"split={split!r}: expected 'test' or 'validation'")
+    check_faces(size, split, seed)
     if target == bias_attribute: raise ValueError(
         f"bias_attribute={bias_attribute!r}: expected another attribute than the target")
 

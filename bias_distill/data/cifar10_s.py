@@ -14,7 +14,7 @@ from torch import Tensor
 from .corrupted_cifar10 import CIFAR_CLASSES, find_cifar10
 from .files import built
 from .kept import digest
-from .names import check_share, seeded
+from .names import check_share, check_split, seeded
 from .split import BiasedDataset, Split, assign_bias, hold_out
 
 # %% ../../nbs/data/09_cifar10_s.ipynb #c10500ab
@@ -59,7 +59,7 @@ def _check_shade(conflict, seed, split):
     "Refuse settings that no CIFAR10-S can have."
     check_share(conflict)
     seeded(seed)
-    if split not in ('test','validation'): raise ValueError(f"split={split!r}: expected 'test' or 'validation'")
+    check_split(split)
 
 def cifar10_s(
     conflict:float=.1,    # share of training images whose shade conflicts, 0 to 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from .files import asked, built, download as fetch, offline
 from .idx import MNIST_FILES, missing_idx, read_four
 from .kept import cache_dir
-from .names import check_share, lookup, seeded
+from .names import check_share, check_split, lookup, seeded
 from .split import BiasedDataset, Split, assign_bias, hold_out
 
 # %% ../../nbs/data/05_cmnist.ipynb #626efefa
@@ -130,7 +130,7 @@ def _check_cmnist(conflict, severity, seed, split, second_bias, second_conflict)
     if second_conflict is not None: check_share(second_conflict, 'second_conflict')
     if isinstance(severity, bool) or severity not in tuple(JITTER):
         raise ValueError(f"severity={severity!r}: expected one of {', '.join(map(str, JITTER))}")
-    if split not in ('test','validation'): raise ValueError(f"split={split!r}: expected 'test' or 'validation'")
+    check_split(split)
     lookup('second_bias', second_bias, SECOND)
     if second_bias == 'none' and second_conflict is not None:
         some = ' or '.join(list(SECOND)[1:])

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from .files import asked, built, decode, download as fetch, entries, offline, recipe, source_digest
 from .kept import cache_dir, kept
-from .names import check_share, seeded
+from .names import check_share, check_split, seeded
 from .split import BiasedDataset, Split, assign_bias, hold_out
 
 # %% ../../nbs/data/08_corrupted_cifar10.ipynb #5a9f9d0e
@@ -316,7 +316,7 @@ def _check_corrupted(conflict, severity, split, seed):
     check_share(conflict)
     if isinstance(severity, bool) or not isinstance(severity, numbers.Integral) or not 1 <= severity <= 5:
         raise ValueError(f"severity={severity!r}: expected one of 1, 2, 3, 4, 5")
-    if split not in ('test','validation'): raise ValueError(f"split={split!r}: expected 'test' or 'validation'")
+    check_split(split)
     seeded(seed)
 
 def corrupted_cifar10(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FACE_SIZES', 'CLASSES', 'GENDERS', 'WHERE_PUBLISHED', 'AGES', 'UTK_NAME', 'UTK_SHORT', 'YOUNG_OR_OLD', 'BFFHQ_NAME',
-           'BFFHQ_PARTS', 'find_faces', 'utk_fields', 'age_and_gender', 'without_copies', 'utk_faces', 'largest_set',
-           'deal', 'utkface', 'bffhq']
+           'BFFHQ_PARTS', 'find_faces', 'check_faces', 'utk_fields', 'age_and_gender', 'without_copies', 'utk_faces',
+           'largest_set', 'deal', 'utkface', 'bffhq']
 
 # %% ../../nbs/data/10_faces.ipynb #ebb740a3
 import collections, functools, hashlib, os, re, sys
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from .files import built, decode, entries, resolve, source_digest
 from .kept import kept
-from .names import check_share, seeded
+from .names import check_share, check_split, seeded
 from .split import BiasedDataset, Split
 
 # %% ../../nbs/data/10_faces.ipynb #79aa1c28
@@ -44,13 +44,16 @@ def find_faces(
                             f"and not downloaded here. Fetch it, and name the folder that holds {what}")
 
 # %% ../../nbs/data/10_faces.ipynb #d6c951c8
-def _check(conflict, size, split, seed):
-    "Refuse what can be refused before any file is read."
-    check_share(conflict)
+def check_faces(
+    size,  # pixels a side
+    split, # what judges
+    seed,  # names every random choice
+):
+    "Refuse what a set of faces cannot take: a ValueError or TypeError, before any file is read."
     seeded(seed)
     if isinstance(size, bool) or size not in FACE_SIZES:
         raise ValueError(f"size={size!r}: expected {' or '.join(map(str, FACE_SIZES))} pixels")
-    if split not in ('test','validation'): raise ValueError(f"split={split!r}: expected 'test' or 'validation'")
+    check_split(split)
 
 # %% ../../nbs/data/10_faces.ipynb #43d0ae1c
 AGES = ((10,29), (40,59)) # young, old; both ends included
@@ -199,7 +202,8 @@ def utkface(
     per_group:int=250,    # images of each of the four groups that judge
 )->BiasedDataset:         # of faces; age is the label, gender the bias
     "A biased set from UTKFace (Zhang et al. 2017), in the shape of BFFHQ (Lee et al. 2021)."
-    _check(conflict, size, split, seed)
+    check_share(conflict)
+    check_faces(size, split, seed)
     path,how = find_faces('utkface', data_dir)
     settings = dict(conflict=conflict, seed=seed, split=split, size=size, n=n, per_group=per_group)
     digest = source_digest(path)
@@ -273,7 +277,8 @@ def bffhq(
     size:int=64,          # pixels a side, 32 or 64
 )->BiasedDataset:         # of faces; age is the label, gender the bias
     "BFFHQ as released with DFA (Lee et al. 2021)."
-    _check(conflict, size, split, seed)
+    check_share(conflict)
+    check_faces(size, split, seed)
     root,pct,how = _bffhq_root(conflict, data_dir)
     digest = source_digest(*(root/o for o in (pct,'valid','test')))
     t,_ = kept(f'bffhq-{pct}-{size}-{digest}', lambda: _bffhq_faces(root, pct, size))

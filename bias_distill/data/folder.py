@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .files import decode, entries, megapixels, read_file, recipe, traits
 from .kept import kept
 from .listing import SIZES, SUFFIXES, arrange, files_digest, listing, listing_archive, named
-from .names import printable, seeded
+from .names import check_split, printable, seeded
 from .split import BiasedDataset, Split, hold_out
 
 # %% ../../nbs/data/14_folder.ipynb #943f44d8
@@ -160,7 +160,7 @@ def folder(
         f"conflict={conflict!r}: a folder's own images have no bias labels, so there is no ratio to set; leave it out")
     if isinstance(size, bool) or size not in SIZES:
         raise ValueError(f"size={size!r}: expected {', '.join(map(str, SIZES[:-1]))} or {SIZES[-1]} pixels")
-    if split not in ('test','validation'): raise ValueError(f"split={split!r}: expected 'test' or 'validation'")
+    check_split(split)
     seeded(seed)
     megapixels() # a slip in the variable is told first
     want = 'your images, in <data_dir>/<class>/*.png or <data_dir>/{train,test}/<class>/*.png'

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .files import decode, picture, read_file, recipe
 from .kept import kept
 from .listing import SIZES, files_digest, listing, named
-from .names import check_share, seeded
+from .names import check_share, check_split, seeded
 from .split import BiasedDataset, Split
 
 # %% ../../nbs/data/15_layout.ipynb #c74c400b
@@ -276,7 +276,7 @@ def layout(
     seeded(seed)
     if size is not None and (isinstance(size, bool) or size not in SIZES):
         raise ValueError(f"size={size!r}: expected {', '.join(map(str, SIZES))} pixels, or None")
-    if split not in ('test','validation'): raise ValueError(f"split={split!r}: expected 'test' or 'validation'")
+    check_split(split)
     root = named(data_dir, 'the folder of a set, that holds <pct>/{align,conflict}/<class>/*.png and test/')
     pct = _percent(conflict)
     valid = _folders(root, pct, split)

@@ -14,7 +14,7 @@ from .bg_fmnist import GARMENTS, find_fmnist
 from .cmnist import find_mnist
 from .files import built
 from .kept import digest
-from .names import check_share, lookup, seeded
+from .names import check_share, check_split, lookup, seeded
 from .split import BiasedDataset, Split, assign_bias, hold_out
 
 # %% ../../nbs/data/07_painted.ipynb #9a1c0008
@@ -75,7 +75,7 @@ def _check_painted(conflict, seed, split):
     "Refuse settings that none of these sets can have."
     check_share(conflict)
     seeded(seed)
-    if split not in ('test','validation'): raise ValueError(f"split={split!r}: expected 'test' or 'validation'")
+    check_split(split)
 
 def _built(f, find, classes, part, hard, conflict, seed, data_dir, split, download):
     "What the four functions have in common; `find` finds the grey images."

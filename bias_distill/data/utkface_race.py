@@ -9,7 +9,7 @@ __all__ = ['AGE_CLASSES', 'RACES', 'STARTS', 'age_and_race', 'utkface_race']
 import bisect, functools
 from pathlib import Path
 import torch
-from .faces import FACE_SIZES, find_faces, utk_faces, utk_fields
+from .faces import check_faces, find_faces, utk_faces, utk_fields
 from .files import built, recipe, source_digest
 from .kept import kept
 from .names import seeded
@@ -47,10 +47,7 @@ def _check_race(conflict, size, split, seed):
     "Refuse what can be refused before any file is read."
     if conflict is not None: raise ValueError(
         f"conflict={conflict!r}: utkface_race is taken as it was collected, so there is no ratio to set; leave it out")
-    seeded(seed)
-    if isinstance(size, bool) or size not in FACE_SIZES:
-        raise ValueError(f"size={size!r}: expected {' or '.join(map(str, FACE_SIZES))} pixels")
-    if split not in ('test','validation'): raise ValueError(f"split={split!r}: expected 'test' or 'validation'")
+    check_faces(size, split, seed)
 
 def _race_set(path, digest, seed, split, size, per_group):
     "UTKFace by age and race; `{how}` in its source stands for how the archive was found."

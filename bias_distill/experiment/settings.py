@@ -6,8 +6,7 @@
 __all__ = ['PROFILES', 'SPLITS', 'INITS', 'SHARE', 'HEADINGS', 'GROUPS', 'FIELDS', 'KINDS', 'GRADIENT', 'TRAINED', 'DEFAULTS',
            'SINGLE', 'CHECKS', 'one_of', 'augmentation', 'setting', 'Base', 'What', 'Weighing', 'Distilling', 'Judging',
            'Run', 'new_fields', 'shown', 'complaint', 'facts', 'holds', 'few', 'few_lenet', 'outer', 'inner',
-           'defaults', 'wrong_data', 'wrong_weights', 'wrong_distilling', 'wrong_judging', 'complete', 'compared',
-           'twin', 'runs_of']
+           'defaults', 'wrong_data', 'wrong_weights', 'wrong_distilling', 'wrong_judging', 'complete']
 
 # %% ../../nbs/experiment/02_settings.ipynb #18251b21
 from typing import Annotated
@@ -398,33 +397,3 @@ def complete(
     run = asked.but(**auto)
     if bad := [o for check in CHECKS for o in check(run, asked)]: raise ValueError('; '.join(bad))
     return run.but(**{k: None for k,all_right in zip(LABELS, (1,0)) if getattr(run, k)==all_right})
-
-# %% ../../nbs/experiment/02_settings.ipynb #40ecb280
-def compared(
-    compare, # True: uniform; False: nothing; or names of weightings, 'uniform,oracle'
-)->list:     # of names
-    "The weightings that `compare` names."
-    if isinstance(compare, bool): return ['uniform']*compare
-    wanted = "expected True, False, or weightings such as 'uniform,oracle'"
-    if not isinstance(compare, str): raise ValueError(f'compare={compare!r}: {wanted}, got {type(compare).__name__}')
-    names = [o.strip() for o in compare.split(',')]
-    bad = [unknown('weighting', o, WEIGHTINGS) for o in names if o not in WEIGHTINGS]
-    if bad: raise ValueError(f"compare={compare!r}: {wanted}; {'; '.join(bad)}")
-    return list(dict.fromkeys(names))
-
-def twin(
-    run:Run,       # complete
-    weighting:str, # of `WEIGHTINGS`
-)->Run:
-    "The same run with another weighting."
-    auto = defaults(run)
-    blind = not WEIGHTINGS[weighting].sees_labels
-    def follows(k, v): return k=='rare' or k in LABELS and blind or k in ('init','variance') and v==auto.get(k)
-    return complete(**{k: v for k,v in run if not follows(k, v)} | dict(weighting=weighting))
-
-def runs_of(
-    run:Run,          # the run that was asked for
-    compare=True,     # see `compared`
-)->list:              # of runs; `run` comes last
-    "A run with its twins before it."
-    return [twin(run, o) for o in compared(compare) if o != run.weighting] + [run]
