@@ -92,7 +92,7 @@ def how(
 )->str:                # 'cpu bfloat16', 'cpu eager', 'cuda eager, tf32'
     "How a run computes, in words that stand in its row."
     kind = str(fast_dtype(device)).removeprefix('torch.') if compile and can_compile() else 'eager'
-    short = device=='cuda' and torch.backends.cudnn.conv.fp32_precision != 'ieee'
+    short = device=='cuda' and torch.backends.cudnn.allow_tf32
     return f'{device} {kind}' + ', tf32'*short
 
 # %% ../../nbs/networks/02_fast.ipynb #2ca45f37
