@@ -1,5 +1,5 @@
 "Tests touch no network and leave nothing behind, whoever starts them. Set here, before any test imports bias_distill."
-import atexit, os, shutil, tempfile
+import atexit, os, pytest, shutil, tempfile
 
 os.environ.setdefault('BIAS_DISTILL_OFFLINE', '1')
 os.environ['MPLBACKEND'] = 'Agg'
@@ -7,4 +7,13 @@ if 'BIAS_DISTILL_CACHE' not in os.environ:
     cache = os.environ['BIAS_DISTILL_CACHE'] = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')   # a worker per core (pytest.ini): one thread each
+
 LIMIT = 3600   # seconds after which something hangs for ever: no test fails for being slow
+
+SHARED = {'digits','finished','killed','refusals','run','site','undisturbed'}   # made once for all tests of a file
+
+def pytest_collection_modifyitems(items):
+    "Tests that share something costly go to one worker."
+    for o in items:
+        for name in SHARED & {*o.fixturenames}: o.add_marker(pytest.mark.xdist_group(f'{o.path.stem} {name}'))

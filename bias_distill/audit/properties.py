@@ -94,8 +94,9 @@ DEALS = 200      # of the labels, for the chance level
 @dataclass(frozen=True, eq=False)
 class Tells:
     "How well each property alone tells the class."
-    table:pd.DataFrame # a row per property: balanced accuracy, chance level, and one column a class, against the rest
-    guesses:dict       # property -> (n, classes) held-out probabilities
+    table:pd.DataFrame    # a row per property: balanced accuracy over all classes, and what chance reaches
+    of_class:pd.DataFrame # the same rows: balanced accuracy of each class against the rest, a column a class
+    guesses:dict          # property -> (n, classes) held-out probabilities
 
 # %% ../../nbs/audit/02_properties.ipynb #aa32761b
 def _numbers(part):
@@ -104,6 +105,12 @@ def _numbers(part):
         if pd.api.types.is_numeric_dtype(c): return c.astype(float)
         return c.map({k: i for i,k in enumerate(c.value_counts().sort_index().index)}).astype(float)
     return part.apply(one).to_numpy()
+
+def _balanced(said, y, k):
+    "Share of each class that is recognised (k,), and share of the others that are taken for it (k,)."
+    m = np.bincount(y*k+said, minlength=k*k).reshape(k, k)
+    hit, n = m.diagonal(), m.sum(1)
+    return hit/n, (m.sum(0)-hit)/(n.sum()-n)
 
 def held_out_guesses(
     columns,        # (n, k) numbers, nan where unknown
@@ -121,12 +128,6 @@ def held_out_guesses(
     return cross_val_predict(tree, columns, y, cv=folds, method='predict_proba')
 
 # %% ../../nbs/audit/02_properties.ipynb #3c4fbfa5
-def _balanced(said, y, k):
-    "Share of each class that is recognised (k,), and share of the others that are taken for it (k,)."
-    m = np.bincount(y*k+said, minlength=k*k).reshape(k, k)
-    hit, n = m.diagonal(), m.sum(1)
-    return hit/n, (m.sum(0)-hit)/(n.sum()-n)
-
 def what_tells(
     seen:pd.DataFrame,     # a row per file, as `looked` gives it
     y,                     # (n,) integer labels
@@ -148,9 +149,10 @@ def what_tells(
         dealt = [_balanced(said, rng.permutation(y), k)[0].mean() for _ in range(DEALS)]
         rows[name] = [recall.mean(), np.quantile(dealt, .95), *((recall+1-taken)/2)]
         guesses[name] = p
-    columns = ['balanced accuracy', 'chance', *classes]
-    table = pd.DataFrame.from_dict(rows, orient='index', columns=columns)
-    return Tells(table.sort_values('balanced accuracy', ascending=False, kind='stable'), guesses)
+    best = sorted(rows, key=lambda o: -rows[o][0])
+    values = np.array([rows[o] for o in best]).reshape(len(best), 2+k)
+    return Tells(pd.DataFrame(values[:,:2], best, ['balanced accuracy','chance']),
+                 pd.DataFrame(values[:,2:], best, list(classes)), guesses)
 
 # %% ../../nbs/audit/02_properties.ipynb #686529d0
 def plot_tells(
@@ -160,12 +162,12 @@ def plot_tells(
     "A bar per property, and where chance would be; the class that it tells best is named."
     t = tells.table[::-1]
     ax = ax or plt.subplots(figsize=(7, .6+.28*len(t)), layout='constrained')[1]
-    classes = t.columns[2:]
     ax.barh(t.index, t['balanced accuracy'], color='#8fb8de')
     ax.plot(t['chance'], range(len(t)), '|', ms=12, mew=2, color='#e07b39', label='what chance reaches, 1 in 20 times')
     ends = t[['balanced accuracy','chance']].max(axis=1) # the text is right of both
-    for i,(v,row) in enumerate(zip(ends, t[classes].to_numpy())):
-        ax.text(v+.01, i, for_figure(f'{classes[row.argmax()]} {row.max():.2f}'), va='center', fontsize=8)
+    best = tells.of_class[::-1]
+    for i,(v,row) in enumerate(zip(ends, best.to_numpy())):
+        ax.text(v+.01, i, for_figure(f'{best.columns[row.argmax()]} {row.max():.2f}'), va='center', fontsize=8)
     ax.set(xlim=(0,1.15), xlabel='balanced accuracy over all classes, held out; the class told best, against the rest')
     ax.spines[['top','right']].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc='lower left', bbox_to_anchor=(0,1), borderaxespad=0)

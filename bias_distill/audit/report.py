@@ -81,6 +81,8 @@ def write_tables(
     by_class = dict(verdict=a.verdict.table, collect=to_collect(a.table, a.verdict))
     tables = dict(audit=a.table, weights=train[['path','weight']])
     tables |= {k: t.rename_axis('class').reset_index() for k,t in by_class.items()}
-    if a.tells is not None: tables['properties'] = a.tells.table.rename_axis('property').reset_index()
+    if a.tells is not None:
+        tells = pd.concat([a.tells.table, a.tells.of_class], axis=1)
+        tables['properties'] = tells.rename_axis('property').reset_index(allow_duplicates=True)
     for name,t in tables.items(): write_table(out/f'{name}.csv', t)
     return [out/f'{name}.csv' for name in tables]

@@ -102,8 +102,8 @@ class Verdict:
 
 def _by_property(tells, name, k):
     "The properties that tell a class, the best first."
-    if tells is None or name not in tells.table: return []
-    t = tells.table[name]
+    if tells is None or name not in tells.of_class: return []
+    t = tells.of_class[name]
     return list(t[t >= SIMPLE].sort_values(ascending=False, kind='stable').index)
 
 def _ranks(score):
@@ -119,7 +119,7 @@ def _of_class(score, tells, names, k, i, seed):
     seen = ['the picture']*bool(rare.any()) + properties[:3]
     words = []
     if rare.any(): words.append(f'{times:.0f} times as far apart as by chance')
-    if properties: words.append(f'{properties[0]} alone tells it: {tells.table.loc[properties[0], names[k]]:.2f}')
+    if properties: words.append(f'{properties[0]} alone tells it: {tells.of_class.loc[properties[0], names[k]]:.2f}')
     if properties:
         p = tells.guesses[properties[0]][i.numpy()]
         order = torch.from_numpy(np.lexsort((ranks.numpy(), -p[:,k])))   # by the guess, then by the density
