@@ -35,6 +35,16 @@ def test_the_pages_in_words_are_made_from_rows_alone(tmp_path):
     text = (tmp_path/'empty/findings.md').read_text()
     assert 'networks)' not in text and '–' in text and 'nan' not in text.split() and 'papermill' not in text
 
+@pytest.mark.parametrize('name', ['profile','table_verdict','table_audit'])
+def test_studies_are_read_from_committed_rows(name, tmp_path):
+    "What was measured once is shown again, claims and all, without data; as the committed page shows it."
+    p = papermill(ROOT/f'paper_figures/{name}.ipynb', tmp_path/'o.ipynb', cwd=ROOT/'paper_figures')
+    assert p.returncode == 0, p.stderr[-3000:]
+    def said(path):
+        shown = [o['data'] for c in json.loads(Path(path).read_text())['cells'] for o in c.get('outputs', []) if o['output_type']=='execute_result']
+        return [''.join(o.get('text/markdown') or o['text/plain']) for o in shown]
+    assert said(tmp_path/'o.ipynb') == said(ROOT/f'paper_figures/{name}.ipynb')
+
 @pytest.mark.parametrize('given, says', [(['profle','smoke'], "did you mean 'profile'"), (['datasets','cmnst'], "did you mean 'cmnist'"), (['out','/proc/nowhere'], "can't be written to")])
 def test_a_wrong_parameter_of_a_page(given, says, tmp_path):
     p = papermill(ROOT/'paper_figures/table_faces.ipynb', tmp_path/'o.ipynb', '-p', *given, cwd=tmp_path)
