@@ -1,6 +1,6 @@
 """The main job on a GPU, as far as a machine without one can check: on the simulated device of `device_sim`, under CUDA's rules
 and under MPS's. Where tensors are, what a GPU can compute, which device is asked, what a finished row means elsewhere."""
-import copy, json, warnings
+import copy, shutil, warnings
 from dataclasses import replace
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
@@ -13,9 +13,10 @@ from bias_distill.audit.properties import colours, file_facts
 from bias_distill.audit.report import audit
 from bias_distill.data.cmnist import cmnist
 from bias_distill.data.folder import folder, raw_files
-from bias_distill.experiment.experiment import Experiment
+from bias_distill.data.names import seeded
+from bias_distill.experiment.experiment import Experiment, joined
 from bias_distill.experiment.settings import complete
-from bias_distill.experiment.tables import DATASETS, DISTILLERS, WEIGHTINGS, Dataset
+from bias_distill.experiment.tables import DATASETS, DISTILLERS, Dataset
 from bias_distill.networks.augment import augment
 from bias_distill.networks.device import repeatable
 from bias_distill.networks.fast import compiled
@@ -26,16 +27,18 @@ KINDS = ('cuda', 'mps')
 def few_digits(conflict=.3, seed=0, data_dir=None, split='test'):
     "400 digits to train with, 100 to judge: of each class and bias some."
     d = cmnist(conflict=conflict, seed=seed, split=split)
-    return replace(d, name='few', train=d.train[torch.arange(400)], test=d.test[torch.arange(0, len(d.test), len(d.test)//100)[:100]])
+    def some(s, n): return s[torch.randperm(len(s), generator=seeded(seed, 'some'))[:n]]
+    return replace(d, name='few', train=some(d.train, 400), test=some(d.test, 100))
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     "A small set by name; the cases of a test are otherwise the smoke profile's."
     monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
     monkeypatch.setitem(DATASETS, 'few', Dataset(few_digits, .3))
+    monkeypatch.setattr('bias_distill.weights.choice.STEPS', (2, 4))
     warnings.filterwarnings('ignore', message='no Triton')
 
-def run(**given): return complete(**dict(dataset='few', profile='smoke', ipc=2, eval_epochs=2) | given)
+def run(**given): return complete(**dict(dataset='few', profile='smoke', ipc=2, encoder_steps=3, eval_epochs=2) | given)
 
 def finish(e, save_every=20.):
     e.look()
@@ -101,18 +104,16 @@ def test_what_is_counted():
 
 TRAINED_DC = dict(iterations=1, outer_steps=2, inner_epochs=1)
 CASES = { # what is run side by side
-    'dm': [dict(weighting=o) for o in ('uniform','kde','gap_draw','oracle_draw','fairdd')],
+    'dm': [dict(weighting=o) for o in ('uniform','kde','oracle_draw','fairdd')],
     'dc': [dict(distiller='dc', weighting='uniform', **TRAINED_DC)],
     'dsa': [dict(distiller='dsa', augment='scale_rotate', **TRAINED_DC)],
     'mtt': [dict(distiller='mtt', augment='scale_rotate', experts=1, expert_epochs=2, latest_start=1, iterations=2)],
-    'random': [dict(distiller='random', weighting='oracle_draw', eval_augment='color_crop_cutout_flip_scale_rotate')],
-    'kmeans': [dict(distiller='kmeans', weighting=o) for o in ('uniform','kde_draw')]}
+    'random': [dict(distiller='random', weighting='gap_draw')],
+    'kmeans': [dict(distiller='kmeans', weighting='kde_draw')]}
 JUDGES = {
     'erm': dict(debiaser='erm'), 'selecmix': dict(debiaser='selecmix'), 'dfa': dict(debiaser='dfa'),
     'mlp': dict(network='mlp'), 'lenet': dict(network='lenet'),
     'none': dict(distiller='none', network='mlp', ipc=0)}
-VIEWED = {o: dict(weighting=o) for o in ('jtt','knn','clusters','kde_pixels','kde_selecmix','lff','dfa')}
-
 def cases(given): return [run(**o) for o in given]
 
 def finite(rows): return all(0 <= a <= 100 for r in rows for a in r['accuracy'])
@@ -128,7 +129,9 @@ def test_each_distiller(name, kind, tmp_path):
     finish(Experiment(runs, out_dir=tmp_path/'cpu', device='cpu'))
     for (n,x),(_,y) in zip(images(tmp_path/'a').items(), images(tmp_path/'cpu').items()):
         assert (x-y).abs().max() < 1e-3, (n, (x-y).abs().max())
-    if DISTILLERS[runs[0].distiller].steps: killed_and_resumed(runs, kind, tmp_path)
+    if not DISTILLERS[runs[0].distiller].steps: return
+    shutil.copytree(tmp_path/'a/stages', tmp_path/'b/stages', ignore=shutil.ignore_patterns('distill-*')) # the same encoder
+    killed_and_resumed(runs, kind, tmp_path)
 
 class Killed(Exception): pass
 
@@ -141,13 +144,95 @@ def killed_and_resumed(runs, kind, tmp_path):
     with simulated(kind), pytest.MonkeyPatch.context() as m:
         m.setitem(DISTILLERS, runs[0].distiller, replace(method, steps=dies))
         with pytest.raises(Killed): finish(Experiment(runs, out_dir=tmp_path/'b', device=kind), save_every=0.)
-    half = [p for p in (tmp_path/'b/stages').glob('distill-*')]
+    half = [*(tmp_path/'b/stages').glob('distill-*')]
     with simulated(kind): finish(Experiment(runs, out_dir=tmp_path/'b', device=kind), save_every=0.)
     a, b = ({p.name: p.read_bytes() for p in (tmp_path/o).glob('*.safetensors')} for o in 'ab')
-    assert a == b and len(a) == len(runs) and not half
+    assert a == b and len(a) == len(half) == len(runs)
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('name', JUDGES)
 def test_each_judge(name, kind, tmp_path):
     given = dict(distiller='random', weighting='uniform', debias_steps=2 if JUDGES[name].get('debiaser') else None) | JUDGES[name]
     with simulated(kind): assert finite(finish(Experiment(run(**given), out_dir=tmp_path, device=kind)))
+
+# -- which device
+
+def test_the_second_of_two_gpus_and_no_other(tmp_path):
+    with simulated('cuda:1') as g: finish(Experiment(run(), out_dir=tmp_path, device='cuda:1'))
+    assert g.named == {'cuda:1'} and set(g.asked) == {'cuda:1'} and len(g.asked) > 9
+
+def test_a_run_on_the_cpu_asks_no_gpu(tmp_path, monkeypatch):
+    "Where there is one, too: it may be another job's."
+    def opened(*args): raise AssertionError('a CUDA context was opened')
+    with simulated() as g:
+        monkeypatch.setattr(torch.cuda, '_lazy_init', opened)
+        row, = finish(Experiment(run(), out_dir=tmp_path, device='cpu'))
+    assert g.ops.total() == len(g.asked) == 0 and row['how'].startswith('cpu') and 'host_memory_mb' not in row
+
+def test_a_run_that_a_gpu_finished_is_finished(tmp_path, monkeypatch):
+    "Its row, its images, its embedding; nothing is computed again, and nothing is written."
+    runs = [run(weighting=o) for o in ('uniform','kde')]
+    def shown(e):
+        e.look()
+        e.weigh()
+        return [x.cpu() for x in e.distill().values()], e.judge(), e.views[e.run].cpu()
+    with simulated() as g: made = shown(Experiment(runs, out_dir=tmp_path, device='cuda'))
+    def files(): return {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*') if p.is_file() and p.suffix != '.lock'}
+    there = files()
+    for name in ('start', 'evaluate'): monkeypatch.setattr(f'bias_distill.experiment.experiment.{name}', None)
+    again = shown(Experiment(runs, out_dir=tmp_path, device='cpu'))
+    assert again[1] == made[1] and again[1][0]['how'].startswith('cuda') and torch.equal(again[2], made[2])
+    assert all(torch.equal(a, b) for a,b in zip(again[0], made[0]))
+    assert files() == there
+
+def test_exact_means_float32_on_a_gpu():
+    def tf32(x): return torch.backends.cudnn.allow_tf32
+    with simulated(), torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        x = torch.ones(2, device='cuda')
+        assert [compiled(tf32, False, exact)(x) for exact in (False, True)] == [True, False]
+
+@pytest.mark.parametrize('op', ['scale', 'rotate'])
+def test_a_warp_on_a_gpu_is_a_product_where_its_gradient_counts(op):
+    "`grid_sample` backwards has no form on CUDA that gives the same bits twice; the simulated device refuses it."
+    x, params = torch.rand(3, 3, 28, 28), dict(op=op, sx=torch.tensor([.9,1.,1.1]), sy=torch.tensor([1.1,.9,1.]), angle=torch.tensor([-9.,4,12]))
+    plain = x.clone().requires_grad_()
+    augment(plain, params).pow(2).sum().backward()
+    with simulated() as g, repeatable(torch.device('cuda')):
+        refused(lambda: torch.nn.functional.grid_sample(x.cuda().requires_grad_(), torch.zeros(3,4,4,2).cuda(), align_corners=False).sum().backward(), 'deterministic')
+        here = x.cuda().requires_grad_()
+        out = augment(here, params)
+        out.pow(2).sum().backward()
+        assert (here.grad.cpu()-plain.grad).abs().max() < 1e-4 and (out.cpu()-augment(x, params)).abs().max() < 1e-5
+        g.reset()
+        augment(x.cuda(), params)
+    assert g.ops['grid_sampler_2d'] == 1      # without a gradient it is the quicker one
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_audit(kind, tmp_path):
+    s = few_digits(.1).train
+    s = s[s.y < 2]
+    write_images(tmp_path/'in', s.x, s.y, ('zero','one'))
+    d = folder(tmp_path/'in', size=28)
+    seen = looked(raw_files(tmp_path/'in'), colours, file_facts, fingerprint)
+    with simulated(kind) as g: a = audit(d, seen, device=kind)
+    b = audit(d, seen, device='cpu')
+    assert g.ops.total() > 100 and (a.z-b.z).abs().max() < 1e-2 and list(a.verdict.table.verdict) == list(b.verdict.table.verdict)
+
+# -- what a step costs the host
+
+COSTS = {'uniform': (9, 5), 'uniform and kde': (10, 10)} # copies to the GPU, and waits for it, in one step of DM
+
+@pytest.mark.parametrize('names', COSTS)
+def test_copies_and_waits_of_a_step(names, tmp_path):
+    "Counted. Fewer is better: then write down the new number; never a higher one."
+    with simulated() as g:
+        e = Experiment([run(weighting=o, iterations=3) for o in names.split(' and ')], out_dir=tmp_path, device='cuda')
+        e.look()
+        e.weigh()
+        states = {r: e._state(r) for r in e.runs}
+        steps = e._steps(e.runs, joined([*states.values()]), states)
+        next(steps)
+        g.reset()
+        next(steps)
+    copies = sum(n for (way,_),n in g.moves.items() if way == 'to')
+    assert copies <= COSTS[names][0] and g.syncs.total() <= COSTS[names][1], (g.moves, g.syncs)
