@@ -17,6 +17,7 @@ from .properties import Tells, what_tells
 from .verdict import VARIANCE, Verdict, apart, first_sight, verdict
 from ..data.kept import write_table
 from ..data.split import BiasedDataset
+from ..networks.device import chosen, repeatable
 from ..weights.kde import class_density
 from ..weights.supcon import encode
 
@@ -51,11 +52,13 @@ def audit(
     seen:pd.DataFrame,  # a row per file, by its path: `colours`, `file_facts` and `fingerprint`
     seed:int=0,         # fixes everything
     progress=None,      # function called with the number of steps of the encoder done
+    device='auto',      # that the encoder works on, as `chosen` takes it
 )->Audit:
     "Verdict, flags, weights and the table of all files."
     (s, train, paths), x, y, k = everything(d), d.train.x, d.train.y, len(d.classes)
     seen, part = seen.loc[paths], (~train).long() # an archive's files come in their own order
-    z = encode(first_sight(x, y, progress, seed=seed), s.x, False)
+    on = chosen(device)
+    with repeatable(on): z = encode(first_sight(x.to(on), y.to(on), progress, seed=seed), s.x.to(on), False).cpu()
     score = -class_density(z[train], y, VARIANCE)
     several = y.bincount(minlength=k).min() > 1
     tells = what_tells(seen[train.numpy()], y.numpy(), d.classes, seed=seed) if several else None

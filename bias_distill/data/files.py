@@ -219,10 +219,10 @@ def traits(
 
 # %% ../../nbs/data/03_files.ipynb #cf7502a2
 def _folder_lines(path):
-    "What tells the files of a folder: name, size and time of each."
+    "What tells the files of a folder: name, size and times of each, the last also of a change that `mv` makes."
     for p in sorted(o for o in path.rglob('*') if o.is_file()):
         s = p.stat()
-        yield repr((p.relative_to(path).as_posix(), s.st_size, s.st_mtime_ns)).encode()
+        yield repr((p.relative_to(path).as_posix(), s.st_size, s.st_mtime_ns, s.st_ctime_ns)).encode()
 
 def _blocks(path):
     with open(path, 'rb') as f:

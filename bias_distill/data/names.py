@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['refused', 'seeded', 'unknown', 'lookup', 'check_share', 'check_split', 'check_positive', 'printable', 'for_markdown',
-           'for_figure']
+           'as_code', 'for_figure']
 
 # %% ../../nbs/data/00_names.ipynb #b704a39d
 import difflib, functools, hashlib, numbers, operator, re, tempfile
@@ -94,6 +94,15 @@ def for_markdown(
 )->str:
     "Text that Markdown shows as it is, in a table too."
     return re.sub(r'([\\`*_\[\]<>|$~&])', r'\\\1', printable(text))
+
+def as_code(
+    text, # anything; as a str
+)->str:
+    "Text as a piece of code in Markdown, whatever it holds: between more backticks than it has in a row."
+    text = printable(text)
+    marks = '`'*(1+max(map(len, re.findall('`+', text)), default=0))
+    gap = ' '*('`' in text[:1]+text[-1:])
+    return f'{marks}{gap}{text}{gap}{marks}'
 
 # %% ../../nbs/data/00_names.ipynb #b0c5f917
 @functools.cache

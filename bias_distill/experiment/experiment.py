@@ -20,9 +20,10 @@ from .judge import evaluate
 from .settings import Run, complete
 from .store import Store, check_apart, command, side_by_side, total_steps, writable
 from .tables import DATASETS, DEBIASERS, DISTILLERS, LABELS, VIEWS, WEIGHTINGS, load
-from .watch import FORMAT, bar, device_name, provenance, watch, write_row
+from .watch import FORMAT, bar, device_name, peak_memory, provenance, watch, write_row
 from ..networks.convnet import channel_stats
-from ..networks.fast import how
+from ..networks.device import chosen, repeatable
+from ..networks.fast import can_compile, how
 from ..weights.report import weight_report
 from ..weights.weighting import imperfect
 
@@ -60,17 +61,19 @@ class Experiment:
         runs,            # a `Run`, or a list of them; the last is the one that was asked for
         data_dir:str|None=None, # folder of the data; None: BIAS_DISTILL_DATA, the cache, a download
         out_dir:str='runs', # where results go
-        device:str|None=None, # None: a GPU if there is one
+        device='auto',   # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the first of CUDA, MPS, CPU that there is
     ):
         self.runs = check_together(runs if isinstance(runs, (list,tuple)) else [runs])
         self.run = self.runs[-1]
-        self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        self.compile = self.run.profile!='smoke'   # compiling takes longer than a smoke run
-        self.made_with = provenance()
+        self.device = chosen(device)
+        # compiling takes longer than a smoke run
+        self.compile = self.run.profile!='smoke' and can_compile(self.device.type)
+        self.made_with = provenance(self.device.type)
         check_apart(self.run.dataset, data_dir, out_dir)
         self.out, self.seconds, self.memory = writable(out_dir), {}, {}
-        with watch(self.seconds, self.memory, 'data'): self._load(data_dir)
-        self.store = Store(self.out, self.data.fingerprint, how(self.device.type, self.compile))
+        with watch(self.seconds, self.memory, 'data', self.device): self._load(data_dir)
+        with repeatable(self.device): means = how(self.device.type, self.compile)
+        self.store = Store(self.out, self.data.fingerprint, means)
         for r in self.runs: self.store.check(r, stages(r))
 
     def __repr__(self):
@@ -122,7 +125,7 @@ def stored(self:Experiment,
     path, seconds, memory = self.store.stage(run, stage), {}, {}
     with locked(path):
         if not path.exists():
-            with watch(seconds, memory, stage): tensors = compute()
+            with watch(seconds, memory, stage, self.device): tensors = compute()
             save_tensors(path, tensors, seconds=seconds[stage], memory=memory[stage])
     tensors, meta = load_tensors(path)
     return {k: t.to(device or self.device) for k,t in tensors.items()}, (meta['seconds'], meta['memory'])
@@ -132,8 +135,8 @@ def stored(self:Experiment,
 def look(self:Experiment)->dict: # run -> (n, d) embedding, (n,) numbers, or None
     "What each run's weighting looks at, of every training image."
     self.views, self.chosen, self.view_costs = {}, {}, {}
-    for r in self.runs:
-        self.views[r], self.chosen[r], self.view_costs[r] = self._view(r)
+    with repeatable(self.device):
+        for r in self.runs: self.views[r], self.chosen[r], self.view_costs[r] = self._view(r)
     return self.views
 
 @patch
@@ -159,7 +162,8 @@ def weigh(self:Experiment)->dict: # run -> `Weighting`
     for r in self.runs:
         way = WEIGHTINGS[r.weighting]
         alike = r.weighting, r.batch_real, *(getattr(r, k) for k in way.uses)
-        if alike not in read: read[alike] = self._weighting(r, way)
+        with repeatable(self.device):
+            if alike not in read: read[alike] = self._weighting(r, way)
         w, self.weigh_costs[r], self.reports[r] = read[alike]
         self.weightings[r] = replace(w, name=self.label(r))
     return self.weightings
@@ -169,7 +173,7 @@ def _weighting(self:Experiment, run, way)->tuple: # `Weighting`, costs by stage,
     seconds, memory, given = {}, {}, {k: getattr(run, k) for k in way.settings}
     if way.sees_labels:                                    # nobody else sees b
         given['b'] = imperfect(self.train.b, run.labels_known or 1., run.labels_wrong or 0., run.seed)
-    with watch(seconds, memory, 'kde'): w = way.reading(self.views[run], self.train.y, **given)
+    with watch(seconds, memory, 'kde', self.device): w = way.reading(self.views[run], self.train.y, **given)
     report = weight_report(w, self.train, self.classes, run.batch_real, generator=seeded(run.seed,'report'))
     if w.about: report['chosen'] = self.chosen[run] | w.about
     return w, dict(kde=(seconds['kde'], memory['kde'])) if way.view else {}, report
@@ -258,37 +262,46 @@ def _together(self:Experiment, runs, states, save_every):
             costs = dict(seconds=round(before[o][0]+took['distill'], 2), memory=max(before[o][1], memory['distill']))
             states[o].update(apart(joint, self.weightings[o].name), **costs)
             self._keep(o, states[o])
+    def stretch():
+        end = time.monotonic()+save_every
+        with watch(took, memory, 'distill', self.device):
+            while joint['t'] < total:
+                next(steps)
+                b.update()
+                if time.monotonic() >= end: return
     steps = self._steps(runs, joint, states)
     with bar(total, 'distill', joint['t']) as b:
-        last = time.monotonic()
         while joint['t'] < total:
-            try:
-                with watch(took, memory, 'distill'): next(steps)
+            try: stretch()
             except FloatingPointError as e:
                 keep()
                 files = ', '.join(str(self.store.stage(o, 'distill')) for o in runs)
                 raise FloatingPointError(f"{e}. The images after {joint['t']} good steps are kept in {files}") from e
-            b.update()
-            if time.monotonic()-last > save_every:
-                keep()
-                last = time.monotonic()
-    keep()
+            keep()
 
 # %% ../../nbs/experiment/07_experiment.ipynb #4cc4ee9d
 @patch
 def distill(self:Experiment,
     save_every:float=20., # seconds between two states that are kept
 )->dict:                  # run -> (classes, ipc, 3, h, w) in 0 to 1; a run without distillation has none
-    "Synthetic images of each run."
-    self.states = {r: self._state(r) for r in self.runs if not DISTILLERS[r.distiller].whole}
+    "Synthetic images of each run; of one that is done, those that its row describes."
+    distilled = [r for r in self.runs if not DISTILLERS[r.distiller].whole]
+    self.states = {r: self._state(r) for r in distilled if not self.done(r)}
     first = {self.store.stage(r, 'distill'): r for r in reversed(self.states)}   # others read what it makes
     for group in side_by_side(list(first.values())[::-1]):
         todo = [r for r in group if self.states[r]['t'] < total_steps(r)]
         for t in sorted({self.states[r]['t'] for r in todo}):
-            self._together([r for r in todo if self.states[r]['t']==t], self.states, save_every)
+            with repeatable(self.device):
+                self._together([r for r in todo if self.states[r]['t']==t], self.states, save_every)
     self.states |= {r: self._state(r) for r in self.states if self.states[r]['t'] < total_steps(r)}
-    self.synthetic = {r: s['x'][self.weightings[r].name] for r,s in self.states.items()}
+    def images(r): return self.states[r]['x'][self.weightings[r].name] if r in self.states else self._finished(r)
+    self.synthetic = {r: images(r) for r in distilled}
     return self.synthetic
+
+@patch
+def _finished(self:Experiment, run)->torch.Tensor: # (classes, ipc, 3, h, w)
+    "The images of a run that is done, whatever device made them."
+    return load_tensors(self.store.file(run, 'safetensors'))[0]['x'].to(self.device).unflatten(0, (self.classes, -1))
 
 # %% ../../nbs/experiment/07_experiment.ipynb #877af2b5
 def save_picture(
@@ -338,6 +351,7 @@ def _row(self:Experiment, run, result:dict, costs:dict)->dict:
     seconds, memory = ({k: v[o] for k,v in costs.items()} for o in (0,1))
     row = dict(key=self.store.key(run), format=FORMAT) | dict(run) | result | self.reports[run]
     if learned is not None: row['learned_lr'] = learned.item()
+    if self.device.type != 'cpu': row['host_memory_mb'] = round(peak_memory())
     return row | dict(
         inputs=self.inputs(), source=self.data.source, data=self.data.fingerprint,
         n_train=len(self.train), n_test=len(self.test),
@@ -361,7 +375,8 @@ def _judge(self:Experiment, run)->dict:
     (x, y), seconds, memory = self._images(run), {}, {}
     own = self.states.get(run, {}).get('own', {}).get(self.weightings[run].name, {})
     passes = run.debias_steps if DEBIASERS[run.debiaser].train else run.eval_epochs
-    with watch(seconds, memory, 'evaluate'), bar(passes, 'evaluate') as b:
+    watching = watch(seconds, memory, 'evaluate', self.device)
+    with repeatable(self.device), watching, bar(passes, 'evaluate') as b:
         result = evaluate(x, y, run, self.train, self.test, self.classes, self.compile, lambda t: b.update(),
                           self.data.kinds, own['lr'].item() if 'lr' in own else None)
     row = self._row(run, result, self._costs(run, (seconds['evaluate'], memory['evaluate'])))
@@ -387,9 +402,10 @@ def experiment(
     runs,           # a `Run` or a list of them, which share a dataset
     out_dir='runs', # where results go
     data_dir=None,  # folder of the data
+    device='auto',  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the first of CUDA, MPS, CPU that there is
 )->list:            # of rows
     "Rows of runs that share a dataset; each stage is read where it is there."
-    e = Experiment(runs, data_dir, out_dir)
+    e = Experiment(runs, data_dir, out_dir, device)
     e.look()
     e.weigh()
     e.distill()

@@ -139,8 +139,12 @@ class Store:
         run,      # complete
         name:str, # a view, 'distill', or 'experts' with a number
     )->Path:
-        "The file of a stage."
-        return self.folder/'stages'/f'{name}-{stage_key(run, name, self.data, self.how)}.safetensors'
+        "The file of a stage; of a run that is done, the one that it was made from, while that is there."
+        made, here = (self._stage(run, name, o) for o in (self.how_of(run), self.how))
+        return made if made.exists() else here
+
+    def _stage(self, run, name, how):
+        return self.folder/'stages'/f'{name}-{stage_key(run, name, self.data, how)}.safetensors'
 
     def file(self,
         run,      # complete
@@ -167,6 +171,13 @@ def row(self:Store,
     found = read_row(path)
     if found.get('key') == path.stem: return found
     raise ValueError(f"{path} is the row of {found.get('key')}: delete that file and start again")
+
+@patch
+def how_of(self:Store,
+    run, # complete
+)->str:
+    "How it was computed, where it is done; else how it will be."
+    return self.row(run).get('how', self.how) if self.done(run) else self.how
 
 @patch
 def check(self:Store,

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
 from ..data.kept import write_atomic
+from ..networks.device import wait
 from ..networks.fast import can_compile
 
 # %% ../../nbs/experiment/04_watch.ipynb #3a3378af
@@ -65,22 +66,34 @@ def peak_memory()->float: # MB
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1024**2 if sys.platform=='darwin' else 1024)
 
+def _start_anew(device):
+    "Forget the peak of what came before."
+    if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
+    if device.type != 'cpu': return
+    with contextlib.suppress(OSError): Path('/proc/self/clear_refs').write_text('5')
+
+def _peak(device):
+    "MB."
+    if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
+    return torch.mps.driver_allocated_memory()/2**20 if device.type == 'mps' else peak_memory()
+
 @contextlib.contextmanager
 def watch(
     seconds:dict, # stage -> seconds so far, changed in place
     memory:dict,  # stage -> MB at the most so far, changed in place
     stage:str,    # what is done inside
+    device=torch.device('cpu'), # that computes
 ):
-    "Add a stage's seconds, and keep its peak memory."
-    with contextlib.suppress(OSError): Path('/proc/self/clear_refs').write_text('5')
-    gpu = torch.cuda.is_available()
-    if gpu: torch.cuda.reset_peak_memory_stats()
+    "Add a stage's seconds, and keep the peak of its device's memory."
+    wait(device)
+    _start_anew(device)
     start = time.perf_counter()
-    try: yield
+    try:
+        yield
+        wait(device) # not after an error: it would come again
     finally:
         seconds[stage] = round(seconds.get(stage, 0)+time.perf_counter()-start, 2)
-        peak = peak_memory()+(torch.cuda.max_memory_allocated()/2**20 if gpu else 0)
-        memory[stage] = round(max(memory.get(stage, 0), peak))
+        memory[stage] = round(max(memory.get(stage, 0), _peak(device)))
 
 # %% ../../nbs/experiment/04_watch.ipynb #86af2057
 PACKAGES = 'bias-distill torch torchvision numpy safetensors scikit-learn papermill'.split()
@@ -97,18 +110,21 @@ def _version(name):
     try: return version(name)
     except PackageNotFoundError: return None
 
-def provenance()->dict: # commit, versions, threads, compiled
+def provenance(
+    device:str='cpu', # device type
+)->dict: # commit, versions, threads, compiled
     "With what a row was made."
     try: commit = git('rev-parse','HEAD')+'+changes'*bool(git('status','--porcelain','-uno','bias_distill'))
     except OSError: commit = ''
     versions = dict(python=platform.python_version()) | {n: _version(n) for n in PACKAGES}
-    return dict(commit=commit or None, versions=versions, threads=torch.get_num_threads(), compiled=can_compile())
+    return dict(commit=commit or None, versions=versions, threads=torch.get_num_threads(), compiled=can_compile(device))
 
 def device_name(
     device:torch.device, # that computes
 )->str:
     "The processor's or the GPU's name."
-    if device.type=='cuda': return torch.cuda.get_device_name(device)
+    if device.type == 'cuda': return torch.cuda.get_device_name(device)
+    if device.type == 'mps': return f'{platform.processor() or platform.machine()}, Metal'
     with contextlib.suppress(OSError, StopIteration):
         lines = Path('/proc/cpuinfo').read_text().splitlines()
         return next(l.split(':')[1].strip() for l in lines if l.startswith('model name'))+f', {os.cpu_count()} cores'

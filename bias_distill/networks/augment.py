@@ -92,12 +92,22 @@ def flip(
     return torch.where(coin < .5, x.flip(3), x)
 
 # %% ../../nbs/networks/06_augment.ipynb #6941484b
+def _product(x, grid):
+    "What `grid_sample` gives, as a product: each pixel's weights on the rows of its source, times those on the columns."
+    h, w = x.shape[2:]
+    column, row = (((grid.flatten(1,2)[...,k]+1)*n-1)/2 for k,n in enumerate((w, h))) # (k, pixels), places in the source
+    across, down = ((1-(o[:,None]-torch.arange(n, device=x.device)[:,None]).abs()).relu()[:,None]
+                    for o,n in ((column, w), (row, h))) # (k, 1, columns or rows, pixels)
+    return ((x@across)*down).sum(2).view(len(x), -1, *grid.shape[1:3])
+
 def warp(
     x:Tensor,     # (n, c, h, w) images
     theta:Tensor, # (k, 2, 3) from result to source, coordinates -1 to 1 over the image; k = 1 or n
 )->Tensor:        # (n, c, h, w)
     "Affine warp, bilinear, zeros outside, align_corners=False."
-    grid = F.affine_grid(theta, (len(theta), *x.shape[1:]), align_corners=False).expand(len(x), -1, -1, -1)
+    grid = F.affine_grid(theta, (len(theta), *x.shape[1:]), align_corners=False)
+    if x.requires_grad and not x.is_cpu: return _product(x.to(theta.dtype), grid).to(x.dtype)
+    grid = grid.expand(len(x), -1, -1, -1)
     out = F.grid_sample(x.to(theta.dtype), grid, mode='bilinear', padding_mode='zeros', align_corners=False)
     return out.to(x.dtype)
 

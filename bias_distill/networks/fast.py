@@ -6,9 +6,10 @@
 __all__ = ['fast_dtype', 'autocast', 'can_compile', 'compiled', 'how', 'bite', 'channels_last', 'features']
 
 # %% ../../nbs/networks/02_fast.ipynb #6f98cbdf
-import contextlib, functools, logging, os, shlex, shutil, subprocess, tempfile, warnings
+import contextlib, functools, importlib.util, logging, os, shlex, shutil, subprocess, tempfile, warnings
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from ..data.kept import cache_dir
 
 # %% ../../nbs/networks/02_fast.ipynb #d33ffdd0
@@ -48,16 +49,28 @@ def _fails(compiler):
         except (OSError, subprocess.TimeoutExpired) as e: return str(e)
     return f'it ended with {done.returncode}' if done.returncode else ''
 
-@functools.cache
-def can_compile()->bool:
-    "True where `torch.compile` has a C++ compiler that works; else one warning. False where BIAS_DISTILL_EAGER is set."
-    if os.environ.get('BIAS_DISTILL_EAGER'): return False
+def _no_compiler():
+    "Why nothing can be compiled for any device; '' if it can."
     compiler = _compiler()
     why = _fails(compiler) if compiler else 'there is none'
-    if not why: return True
     name = f" {' '.join(compiler)!r}"*bool(compiler)
-    warnings.warn(f"no C++ compiler{name} that works ({why}): running without torch.compile, several times slower")
-    return False
+    return f'no C++ compiler{name} that works ({why})' if why else ''
+
+def _no_triton():
+    "Why nothing can be compiled for the GPU; '' if it can."
+    if importlib.util.find_spec('triton') is None: return 'no Triton, which writes code for a GPU'
+    able = torch.cuda.get_device_capability()
+    return '' if able >= (7, 0) else f"a GPU of compute capability {able[0]}.{able[1]}, and Triton wants 7.0"
+
+@functools.cache
+def can_compile(
+    device:str='cpu', # device type
+)->bool:
+    "True where `torch.compile` can work for a device; else one warning. False on MPS, or if BIAS_DISTILL_EAGER is set."
+    if os.environ.get('BIAS_DISTILL_EAGER') or device == 'mps': return False
+    why = _no_compiler() or (_no_triton() if device == 'cuda' else '')
+    if why: warnings.warn(f"{why}: running without torch.compile, several times slower")
+    return not why
 
 # %% ../../nbs/networks/02_fast.ipynb #ee37bdd9
 def _keep_compiled():
@@ -69,18 +82,28 @@ def _keep_compiled():
     except (OSError, ValueError): return
     if os.access(folder, os.W_OK): os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(folder)
 
+def _in_float32(f):
+    "`f`, whose convolutions on CUDA multiply in float32 and not in TF32."
+    def call(*args):
+        if not any(isinstance(o, Tensor) and o.is_cuda for o in tree_leaves(args)): return f(*args)
+        cudnn = torch.backends.cudnn
+        was, cudnn.allow_tf32 = cudnn.allow_tf32, False
+        try: return f(*args)
+        finally: cudnn.allow_tf32 = was
+    return call
+
 def compiled(
     f,                # function of tensors
     on:bool=True,     # False: `f` itself
     exact:bool=False, # True: in float32, for the last digits
 ):                    # function like `f`
     "`f` compiled for fixed shapes and run in `fast_dtype`; `f` itself where that is switched off or impossible."
-    if not on or not can_compile(): return f
+    if not on or not can_compile(): return _in_float32(f) if exact else f
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)   # says at length that a CPU is no GPU
     _keep_compiled()
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     g = torch.compile(f, dynamic=False)
-    if exact: return g
+    if exact: return _in_float32(g)
     def call(*args):
         with autocast(next(a.device.type for a in args if isinstance(a, Tensor))): return g(*args)
     return call
@@ -89,11 +112,12 @@ def compiled(
 def how(
     device:str='cpu',  # device type
     compile:bool=True, # was compiling asked for?
-)->str:                # 'cpu bfloat16', 'cpu eager', 'cuda eager, tf32'
+)->str:                # 'cpu bfloat16', 'cpu eager', 'cuda eager, tf32, deterministic'
     "How a run computes, in words that stand in its row."
-    kind = str(fast_dtype(device)).removeprefix('torch.') if compile and can_compile() else 'eager'
-    short = device=='cuda' and torch.backends.cudnn.allow_tf32
-    return f'{device} {kind}' + ', tf32'*short
+    kind = str(fast_dtype(device)).removeprefix('torch.') if compile and can_compile(device) else 'eager'
+    if device != 'cuda': return f'{device} {kind}'
+    same = torch.are_deterministic_algorithms_enabled()
+    return f'cuda {kind}' + ', tf32'*torch.backends.cudnn.allow_tf32 + ', deterministic'*same
 
 # %% ../../nbs/networks/02_fast.ipynb #2ca45f37
 def bite(

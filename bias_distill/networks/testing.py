@@ -31,11 +31,11 @@ def group_table(
     y:Tensor,    # (n,) labels
     b:Tensor,    # (n,) bias values
 )->Tensor:       # (classes, bias values), percent, NaN for a group without images
-    "Accuracy of every group (label, bias value)."
+    "Accuracy of every group (label, bias value), counted on the CPU."
+    pred, y, b = pred.cpu(), y.cpu(), b.cpu()
     k, m = int(y.max())+1, int(b.max())+1
     group = y*m+b
-    hits = torch.bincount(group, (pred==y).double(), minlength=k*m)
-    images = torch.bincount(group, torch.ones_like(group, dtype=torch.double), minlength=k*m)
+    hits, images = (group[i].bincount(minlength=k*m).double() for i in (pred==y, ...))
     return (100*hits/images).view(k, m)
 
 # %% ../../nbs/networks/05_testing.ipynb #38c45ce2
@@ -87,6 +87,7 @@ def by_group(
     kinds=None,  # of str, what each bias is, where there are several
 )->dict:         # of lists, one number a member, percent; None where there are no bias labels
     "Accuracy on all, on aligned, on conflicting images, of the worst group; fairness; and the groups themselves."
+    pred, split = pred.cpu(), split.to('cpu')
     hits = (pred==split.y).double()*100
     r = dict(accuracy=hits.mean(1).tolist(), aligned=None, conflicting=None, worst_group=None, deo_m=None, deo_a=None)
     if split.b is None: return r | _tables(pred, split.y, torch.zeros_like(split.y))[1]

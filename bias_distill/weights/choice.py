@@ -22,10 +22,10 @@ def otsu(
     score:Tensor, # (n,) high for the rare
 )->tuple:         # threshold; share of the samples above it, 0 where all are equal
     "The cut of a distribution in two that leaves the least variance within the parts (Otsu 1979)."
-    o = score.double().sort().values
+    o = score.cpu().double().sort().values
     n = len(o)
     if n < 2 or o[0]==o[-1]: return o[-1].item(), 0.
-    k, below = torch.arange(1, n, device=o.device), o.cumsum(0)
+    k, below = torch.arange(1, n), o.cumsum(0)
     between = k*(n-k)*(below[:-1]/k-(below[-1]-below[:-1])/(n-k))**2
     j = int(between.masked_fill(o[1:]==o[:-1], -1).argmax())
     return ((o[j]+o[j+1])/2).item(), (n-1-j)/n
@@ -35,7 +35,8 @@ def bimodality(
     score:Tensor, # (n,)
 )->float:         # 0 to 1; 0 where all are equal
     "Sarle's coefficient of a sample: 1 for two values, 5/9 for a uniform distribution, 1/3 for a Gaussian."
-    o = score.double()-score.double().mean()
+    o = score.cpu().double()
+    o = o-o.mean()
     v = o.pow(2).mean()
     if v==0: return 0.
     return ((o.pow(3).mean()**2/v**3+1)/(o.pow(4).mean()/v**2)).item()

@@ -22,7 +22,7 @@ def _auroc(c, y, score, classes):
 # %% ../../nbs/weights/04_report.ipynb #71beb401
 def _effective(w):
     "Effective share of samples (Kish 1965), mean over rows: 1 for equal weights, 1/n for one alone."
-    w = w.double().cpu()
+    w = w.cpu().double()
     return (w.sum(-1)**2/(w.pow(2).sum(-1)*w.shape[-1])).mean().item()
 
 # %% ../../nbs/weights/04_report.ipynb #14751c4d

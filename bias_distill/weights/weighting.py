@@ -215,7 +215,8 @@ def draw_batch(
     def even(i): return torch.cat([torch.randperm(len(i), generator=generator) for _ in range(-(-n//len(i)))])[:n]
     places = [even(i) for i in index]
     if p is not None: places = [_redraw(at, p[i].cpu().double(), generator) for at,i in zip(places, index)]
-    return torch.stack([i[at.to(i.device)] for at,i in zip(places, index)])
+    at = torch.stack(places).to(index[0].device)   # one copy to a GPU
+    return torch.stack([i[a] for i,a in zip(index, at)])
 
 def _redraw(at, p, generator):
     "An even draw turned into one by relative probability `p`, which keeps what it can."
