@@ -6,13 +6,12 @@
 __all__ = ['read_attributes', 'celeba']
 
 # %% ../../nbs/data/12_celeba.ipynb #ce1eb0a4
-import functools, os, sys
+import functools, os
 from pathlib import Path
 import pandas as pd, torch
 from torch import Tensor
-from tqdm import tqdm
 from .faces import check_faces, find_faces
-from .files import asked, decode, recipe, source_digest
+from .files import asked, decode, recipe, source_digest, with_progress
 from .kept import kept
 from .names import lookup, seeded
 from .split import BiasedDataset, Split, even_groups, hold_out, majority
@@ -63,8 +62,8 @@ def _photos(folder, names, size):
     if gone := [o for o in names if o not in there]: raise FileNotFoundError(
         f"{folder}: {len(gone):,} of {len(names):,} photos are missing, such as {gone[0]}: is the set complete?")
     x = torch.empty(len(names), 3, size, size, dtype=torch.uint8)
-    bar = tqdm(names, desc='reading CelebA', unit=' files', ascii=True, file=sys.stdout, delay=1, mininterval=1)
-    for i,o in enumerate(bar): x[i] = torch.from_numpy(decode((folder/o).read_bytes(), size, str(folder/o)))
+    for i,o in enumerate(with_progress(names, 'reading CelebA')):
+        x[i] = torch.from_numpy(decode((folder/o).read_bytes(), size, str(folder/o)))
     return dict(x=x), {}
 
 # %% ../../nbs/data/12_celeba.ipynb #ce1eb0b5

@@ -15,8 +15,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
-from .files import asked, built, decode, download as fetch, entries, offline, recipe, source_digest
+from .files import asked, built, decode, download as fetch, entries, offline, recipe, source_digest, with_progress
 from .kept import cache_dir, kept
 from .names import check_share, check_split, seeded
 from .split import BiasedDataset, Split, assign_bias, hold_out
@@ -149,8 +148,6 @@ def _spread(
     for job in jobs[done:]: yield f(*job)
 
 # %% ../../nbs/data/08_corrupted_cifar10.ipynb #9d6feb19
-_BAR = dict(ascii=True, file=sys.stdout, delay=2, mininterval=1) # of tqdm; shown after 2 seconds
-
 def corrupt_all(
     x:Tensor,     # (n, 3, h, w) uint8, 32 pixels a side or more
     b:Tensor,     # (n,) int64 corruption of each, an index into `CORRUPTIONS`
@@ -166,7 +163,7 @@ def corrupt_all(
     parts = torch.arange(len(x)).split(chunk)
     jobs = [(x[o].numpy(), b[o].numpy(), severity, seeds[o].numpy()) for o in parts]
     n = processes or (min(_cores(), len(parts)) if len(x) >= 5000 else 1)
-    with tqdm(total=len(x), desc='corrupting', unit=' images', **_BAR) as bar:
+    with with_progress(None, 'corrupting', len(x), ' images') as bar:
         for o,part in zip(parts, _spread(_corrupt_some, jobs, n)):
             res[o] = torch.from_numpy(part)
             bar.update(len(o))
@@ -225,7 +222,7 @@ def _read_tree(
 )->tuple:      # train_x, train_y, test_x, test_y, as NumPy; what kind of copy it is
     "CIFAR-10 from one picture a file."
     found,res = {k: {} for k in ('train','test')},[]
-    for name,raw in tqdm(entries(path, lambda o: _place(o, path)), desc='reading CIFAR-10', unit=' files', **_BAR):
+    for name,raw in with_progress(entries(path, lambda o: _place(o, path)), 'reading CIFAR-10'):
         if not (where := _place(name, path)): continue
         part,key = found[where[0]],(CIFAR_CLASSES.index(where[1]), PurePosixPath(name).name)
         if key in part: raise ValueError(f"{path}: {name} is there twice")

@@ -8,12 +8,11 @@ __all__ = ['FACE_SIZES', 'CLASSES', 'GENDERS', 'WHERE_PUBLISHED', 'AGES', 'UTK_N
            'largest_set', 'deal', 'utkface', 'bffhq']
 
 # %% ../../nbs/data/10_faces.ipynb #ebb740a3
-import collections, functools, hashlib, os, re, sys
+import collections, functools, hashlib, os, re
 from pathlib import Path, PurePosixPath
 import numpy as np, torch
 from torch import Tensor
-from tqdm import tqdm
-from .files import built, decode, entries, resolve, source_digest
+from .files import built, decode, entries, resolve, source_digest, with_progress
 from .kept import kept
 from .names import check_share, check_split, seeded
 from .split import BiasedDataset, Split
@@ -91,8 +90,8 @@ def _utk_entries(
 ):             # of (name, what `group` says, bytes or None), as they come
     "The files of UTKFace; a name that comes twice is an error."
     def wanted(o): return isinstance(group(PurePosixPath(o).name), tuple)
-    names,bar = set(),dict(unit=' files', ascii=True, file=sys.stdout, delay=1, mininterval=1)
-    for name,raw in tqdm(entries(path, wanted), desc='reading UTKFace', **bar):
+    names = set()
+    for name,raw in with_progress(entries(path, wanted), 'reading UTKFace'):
         name = PurePosixPath(name).name
         if name in names: raise ValueError(f"{path}: {name} is there twice, so it could be in both splits")
         names.add(name)
@@ -251,8 +250,8 @@ def _bffhq_files(
 def _bffhq_faces(root, pct, size):
     "All faces of BFFHQ decoded: a dict of x, y, b and the part of each; a dict of texts."
     found = _bffhq_files(root, pct)
-    bar = tqdm(found, desc='reading BFFHQ', unit=' files', ascii=True, file=sys.stdout, delay=1, mininterval=1)
-    x = torch.from_numpy(np.stack([decode(p.read_bytes(), size, str(p), squash=True) for _,p,_,_ in bar]))
+    files = (p for _,p,_,_ in with_progress(found, 'reading BFFHQ'))
+    x = torch.from_numpy(np.stack([decode(p.read_bytes(), size, str(p), squash=True) for p in files]))
     part,y,b = (torch.tensor([o[i] for o in found]) for i in (0,2,3))
     return dict(x=x, y=y, b=b, part=part), {}
 

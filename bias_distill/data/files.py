@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'SPLIT', 'resolve', 'asked', 'read_file', 'entries', 'megapixels', 'picture', 'rgb', 'decode', 'traits',
-           'source_digest', 'download', 'offline', 'recipe', 'versions', 'built']
+           'source_digest', 'download', 'offline', 'recipe', 'versions', 'built', 'with_progress']
 
 # %% ../../nbs/data/03_files.ipynb #e8515303
 import contextlib, functools, gzip, hashlib, io, json, math, os, platform, shutil, stat, struct, sys, tarfile, tempfile
@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path, PurePosixPath
 import bias_distill, numpy as np, torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
 from .kept import kept
 from .split import BiasedDataset, Split
 
@@ -327,3 +328,13 @@ def built(
         name = f'{f.__name__}-{hashlib.blake2b(key, digest_size=8).hexdigest()}'
         d = _put_together(*kept(name, lambda: _taken_apart(make())))
     return replace(d, source=d.source.replace('{how}', how))
+
+# %% ../../nbs/data/03_files.ipynb #7d2f0a02
+def with_progress(
+    items,         # what to go through; None: the caller calls `update`
+    what:str,      # is done, such as 'reading images'
+    total:int=None, # how many; default: as many as `items` has
+    unit:str=' files', # what is counted
+):                 # the items, one after the other
+    "Go through `items`, and say on standard output how far that is."
+    return tqdm(items, what, total, unit=unit, ascii=True, file=sys.stdout, delay=1, mininterval=5)

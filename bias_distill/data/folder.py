@@ -6,13 +6,12 @@
 __all__ = ['Found', 'find', 'folder', 'raw_files']
 
 # %% ../../nbs/data/14_folder.ipynb #0a25409f
-import hashlib, json, os, sys, warnings
+import hashlib, json, os, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from .files import decode, entries, megapixels, read_file, recipe, traits
+from .files import decode, entries, megapixels, read_file, recipe, traits, with_progress
 from .kept import kept
 from .listing import SIZES, SUFFIXES, arrange, files_digest, listing, listing_archive, named
 from .names import check_split, printable, seeded
@@ -70,8 +69,7 @@ def _read(path, files, size):
     "All images, (n, 3, size, size), and what is to be said of them."
     at,frames,grey,colour = {o: i for i,o in enumerate(files)},0,{},[]
     x = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    bar = dict(desc='reading images', unit=' files', ascii=True, file=sys.stdout, delay=1, mininterval=1)
-    for name,raw in tqdm(_raw(path, at), total=len(files), **bar):
+    for name,raw in with_progress(_raw(path, at), 'reading images', len(files)):
         n,g,c = traits(raw, f'{path}/{name}')
         frames += n > 1
         if g: grey[name] = g

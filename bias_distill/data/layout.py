@@ -6,13 +6,12 @@
 __all__ = ['READERS', 'TRAIN', 'NAME', 'PARTS', 'MOST', 'write_layout', 'layout', 'export']
 
 # %% ../../nbs/data/15_layout.ipynb #6a592d03
-import json, os, re, shutil, sys, tempfile
+import json, os, re, shutil, tempfile
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
-from tqdm import tqdm
-from .files import decode, picture, read_file, recipe
+from .files import decode, picture, read_file, recipe, with_progress
 from .kept import kept
 from .listing import SIZES, files_digest, listing, named
 from .names import check_share, check_split, seeded
@@ -75,8 +74,7 @@ def _write(parts, into):
     for split,paths in parts:
         for folder in {o.rpartition('/')[0] for o in paths}: (into/folder).mkdir(parents=True, exist_ok=True)
     files = ((x, o) for split,paths in parts for x,o in zip(split.x.permute(0,2,3,1).numpy(), paths))
-    bar = dict(desc='writing images', unit=' files', ascii=True, file=sys.stdout, delay=1, mininterval=1)
-    for x,o in tqdm(files, total=sum(len(paths) for _,paths in parts), **bar):
+    for x,o in with_progress(files, 'writing images', sum(len(paths) for _,paths in parts)):
         Image.fromarray(np.ascontiguousarray(x)).save(into/o)
 
 # %% ../../nbs/data/15_layout.ipynb #9215a121
@@ -231,8 +229,7 @@ def _side(raw, where, first, side):
 def _pictures(root, pct, valid, size):
     "All images of a ratio decoded: a dict of x, y, b and the part of each; a dict of texts."
     found,x,side = _read_tree(root, pct, valid),None,size
-    bar = tqdm(found, desc='reading images', unit=' files', ascii=True, file=sys.stdout, delay=1, mininterval=1)
-    for i,(_,o,_,_) in enumerate(bar):
+    for i,(_,o,_,_) in enumerate(with_progress(found, 'reading images')):
         raw = read_file(root/o)
         if size is None: side = _side(raw, root/o, found[0][1], side)
         if x is None: x = torch.empty(len(found), 3, side, side, dtype=torch.uint8)
