@@ -1,5 +1,5 @@
 "Bad input is refused before any work, with the value, what was wanted and the valid choices; and nothing that was there is lost."
-import gzip, math, os, struct, subprocess, sys
+import gzip, json, math, os, re, struct, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest, torch
@@ -70,6 +70,11 @@ PARAMETERS = [
     (dict(ipc=401), ['ipc=401', 'smallest class', '400 images', DIGITS]),
     (dict(dataset='cmnst'), ["unknown dataset 'cmnst'", "did you mean 'cmnist'?", 'choose from']),
     (dict(dataset=3), ['dataset=3', 'expected str, got int']),
+    (dict(device='cuda:9'), ["device='cuda:9' is not on this machine", 'choose from: auto']),
+    (dict(out_dir=''), ["out_dir=''", "such as 'runs'"]),
+    (dict(device='gpu'), ["unknown device 'gpu'", 'choose from: auto']),
+    (dict(device=0), ["unknown device '0'", 'choose from: auto']),
+    (dict(device='cudaa', ipc=0), ["unknown device 'cudaa'", 'ipc=0']),   # all complaints at once
     (dict(distiller='dmm'), ["unknown distiller 'dmm'", "did you mean 'dm'?", 'choose from']),
     (dict(weighting='kde_drew'), ["unknown weighting 'kde_drew'", "did you mean 'kde_draw'?", 'uniform, kde, kde_draw']),
     (dict(debiaser='non'), ["unknown debiaser 'non'", "did you mean 'none'?", 'choose from']),
@@ -452,3 +457,18 @@ def test_papermill(name, refusals):
     assert code == 1
     assert PAPERMILL[name][1] in err.strip().splitlines()[-1], err[-2000:]
     assert left == {'notes.txt': b'mine'}
+
+def test_an_out_dir_of_any_name_is_shown_and_can_be_copied(tmp_path):
+    "Quotes, backticks and HTML: nothing is formatted, and the printed lines of Python load the images."
+    out = tmp_path/'it\'s "`a``" <b>here</b> & $x$'
+    p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar','-p','profile','smoke','-p','ipc','1',
+                        '-p','weighting','uniform','-p','device','cpu','-p','out_dir',str(out)], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    assert p.returncode == 0, p.stderr[-2000:]
+    cells = json.loads((tmp_path/'out.ipynb').read_text(encoding='utf-8'))['cells']
+    shown = [''.join(o['data']['text/markdown']) for c in cells for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})]
+    named = [o for o in shown if str(out) in o]
+    assert any('On `cpu`' in o for o in shown) and len(named) == 2 and all(f'``` {out}' in o or f'```{out}' in o for o in named)
+    lines = re.search(r'```python\n(.*?)\n```', named[-1], re.S)[1]
+    found = {}
+    exec(lines, found)
+    assert found['x'].shape == (10, 3, 28, 28) and found['y'].tolist() == list(range(10))

@@ -126,9 +126,10 @@ def test_each_distiller(name, kind, tmp_path):
     with simulated(kind) as g: rows = finish(Experiment(runs, out_dir=tmp_path/'a', device='auto'))
     assert finite(rows) and all(r['how'].startswith(kind) for r in rows) and g.ops.total() > 1000
     assert [r['weighting'] for r in rows] == [r.weighting for r in runs] and all(r['host_memory_mb'] > 100 for r in rows)
-    finish(Experiment(runs, out_dir=tmp_path/'cpu', device='cpu'))
+    plain = finish(Experiment(runs, out_dir=tmp_path/'cpu', device='cpu'))
+    for r,o in zip(rows, plain): assert r['loss'] == pytest.approx(o['loss'], rel=1e-3)
     for (n,x),(_,y) in zip(images(tmp_path/'a').items(), images(tmp_path/'cpu').items()):
-        assert (x-y).abs().max() < 1e-3, (n, (x-y).abs().max())
+        assert (x-y).abs().mean() < 1e-4, n # rounding may carry a ReLU across zero: single pixels differ by more
     if not DISTILLERS[runs[0].distiller].steps: return
     shutil.copytree(tmp_path/'a/stages', tmp_path/'b/stages', ignore=shutil.ignore_patterns('distill-*')) # the same encoder
     killed_and_resumed(runs, kind, tmp_path)

@@ -109,6 +109,7 @@ def writable(
     folder,   # where results are to go
 )->Path:      # made if need be
     "The folder, after a trial write. A ValueError where that fails."
+    if not str(folder): raise ValueError("out_dir='': expected the name of a folder, such as 'runs'; here it is '.'")
     try:
         folder = Path(folder).expanduser()
         for f in (folder, folder/'stages'):
