@@ -9,6 +9,7 @@ __all__ = ['IMAGES', 'TRAINING', 'PASSES', 'GRAPHS', 'dm_passes', 'matching_pass
 # %% ../../nbs/experiment/08_forecast.ipynb #8a734a8c
 import time, torch
 from fastcore.basics import patch
+from ..distill.factor import held
 from ..distill.mtt import SGD_BATCH
 from .experiment import Experiment
 from .store import side_by_side, total_steps
@@ -25,7 +26,7 @@ def dm_passes(
 )->tuple:         # images through a fast, and through an exact network
     "DM: features of real images, those of several draws half in common; the synthetic ones there and back."
     r, draws = runs[0], len({o.weighting if WEIGHTINGS[o.weighting].draws else None for o in runs})
-    return total_steps(r)*e.classes*((1+draws)/2*r.batch_real + IMAGES*sum(o.ipc for o in runs)), 0
+    return total_steps(r)*e.classes*((1+draws)/2*r.batch_real + IMAGES*sum(held(o.ipc, o.factor) for o in runs)), 0
 
 def matching_passes(
     e:Experiment, # whose images pass
@@ -33,7 +34,7 @@ def matching_passes(
 )->tuple:         # images through a fast, and through an exact network
     "DC and DSA: gradients of real images, second derivatives of synthetic ones, training between two steps."
     r = runs[0]
-    real, syn, steps = e.classes*r.batch_real, e.classes*r.ipc, len(runs)*total_steps(r)
+    real, syn, steps = e.classes*r.batch_real, e.classes*held(r.ipc, r.factor), len(runs)*total_steps(r)
     return steps*TRAINING*(r.inner_epochs or 0)*syn, steps*(3*real + 9*syn)
 
 # %% ../../nbs/experiment/08_forecast.ipynb #d265516d
@@ -44,7 +45,7 @@ def trajectory_passes(
     "MTT: training of the experts; the student there and back."
     r = runs[0]
     trained = r.experts*r.expert_epochs*(r.epoch_steps or len(e.train)//SGD_BATCH)*SGD_BATCH*TRAINING
-    student = total_steps(r)*r.student_steps*min(e.classes*r.ipc, SGD_BATCH)*12
+    student = total_steps(r)*r.student_steps*min(e.classes*held(r.ipc, r.factor), SGD_BATCH)*12
     return len(runs)*trained, len(runs)*student
 
 PASSES = dict(dm=dm_passes, dc=matching_passes, dsa=matching_passes, mtt=trajectory_passes)
@@ -70,7 +71,7 @@ def judging_passes(
     r,            # one of its runs
 )->float:         # images through a network of its width
     "Training and testing the networks that judge a run."
-    syn = len(e.train) if DISTILLERS[r.distiller].whole else e.classes*r.ipc
+    syn = len(e.train) if DISTILLERS[r.distiller].whole else e.classes*held(r.ipc, r.factor)
     taken = 2*r.debias_steps*min(r.eval_batch, syn) if DEBIASERS[r.debiaser].train else r.eval_epochs*syn
     share = .02 if NETWORKS[r.network or 'convnet'].mlp else 1
     return share*r.eval_networks*(TRAINING*taken+len(e.test))
@@ -116,8 +117,9 @@ def outline(
     "What a run's distillation will do, in words."
     method = DISTILLERS[run.distiller]
     if method.whole: return 'no distillation: networks train on the training set itself'
-    if not method.steps: return f'no distillation: {classes} x {run.ipc} {method.title}'
-    n, per = f'{total_steps(run):,} steps', f'{classes} x {run.ipc} images'
+    tiles = f', {held(1, run.factor)} in the place of one' if run.factor else ''
+    if not method.steps: return f'no distillation: {classes} x {run.ipc} {method.title}{tiles}'
+    n, per = f'{total_steps(run):,} steps', f'{classes} x {run.ipc} images{tiles}'
     if method.experts:
         return (f'{run.experts} experts on the real images, {run.expert_epochs} snapshots of each; '
                 f'{n} of distillation of {per}, in each of which a student takes {run.student_steps} steps')
