@@ -1,6 +1,7 @@
 "A stored image holds several smaller ones: decoded as a plain loop does, in every distiller, alone and in company, and by whoever has only the file."
 import json, subprocess, sys
-import pytest, torch, torch.nn.functional as F
+from dataclasses import replace
+import pytest, torch
 from conftest import LIMIT
 from safetensors.torch import load_file
 from bias_distill.data.kept import load_tensors
@@ -11,6 +12,7 @@ from bias_distill.distill.dsa import dsa
 from bias_distill.distill.factor import factors, opened, pack, tile_side, unpack
 from bias_distill.distill.images import start
 from bias_distill.distill.mtt import mtt, train_experts
+from bias_distill.distill.rded import crop, crop_places, easiest
 from bias_distill.experiment.experiment import Experiment
 from bias_distill.experiment.judge import evaluate
 from bias_distill.experiment.settings import complete
@@ -25,7 +27,6 @@ def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=Fal
 
 SMALL = dict(profile='smoke', ipc=2, factor=2)
 PACKED = [d for d,m in DISTILLERS.items() if m.packs]
-MATCHED = [d for d in PACKED if DISTILLERS[d].steps]
 
 # -- against definitions written down once more
 
@@ -204,3 +205,30 @@ def test_names_of_old_results_stay():
     for p in sorted((ROOT/'paper_figures/rows').glob('*.json'))[::25]:
         row = json.loads(p.read_text())
         assert cell_name(run_of(row)) == p.stem == cell_name(run_of(row | dict(factor=1 if row['distiller']!='none' else None)))
+
+# -- RDED, which chooses crops
+
+def test_crops_lie_inside_and_show_what_is_there():
+    left, top, side = crop_places(500, generator=seeded(0))
+    assert ((left >= 0) & (top >= 0) & (left+side <= 1+1e-6) & (top+side <= 1+1e-6)).all() and .07 < side.pow(2).min() < .15 and side.max() > .95
+    ramp = torch.arange(16.).expand(1,3,16,16)/16                       # brightness says where a pixel comes from
+    x = crop(ramp.expand(500,-1,-1,-1), left, top, side)[:,0]
+    inner = (left+.5*side)*16-.5                                        # the crop's middle, in pixels
+    assert torch.allclose(x.mean((1,2))*16, inner, atol=.3)
+
+def test_easiest_by_sorting():
+    losses = torch.rand(40, 5, generator=seeded(0))
+    want = sorted(range(40), key=lambda i: min(losses[i].tolist()))[:7]
+    i, k = easiest(losses, 7)
+    assert i.tolist() == want and [losses[o].argmin().item() for o in want] == k.tolist()
+
+def test_rded_is_chosen_once_and_kept(made, monkeypatch):
+    "Another judge of the same images asks no teacher; the row counts its seconds."
+    e = job(complete(**SMALL, distiller='rded', weighting='kde_draw', eval_epochs=2), out_dir=str(made['rded']))
+    def no(*args, **kw): raise AssertionError('chosen again')
+    monkeypatch.setitem(DISTILLERS, 'rded', replace(DISTILLERS['rded'], select=no))
+    assert all(r['seconds']['distill'] > 0 and r['teacher_epochs'] == 3 for r in finish(e))
+
+def test_rded_takes_draws_alone(tmp_path):
+    with pytest.raises(ValueError, match="distiller='rded' has no mean to weight"): complete(distiller='rded', weighting='kde')
+    with pytest.raises(ValueError, match='only rded takes it'): complete(teacher_epochs=3)

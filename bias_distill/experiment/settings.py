@@ -77,7 +77,7 @@ class What(Base):
         wanted=SHARE, ge=0, le=1)
     ipc:int = setting('synthetic images per class', 10, ge=1)
     distiller:one_of('distiller', DISTILLERS) = setting(
-        "'dm', 'dc', 'dsa', 'mtt'; real images: 'random', 'kmeans', or 'none' (all of the set)", 'dm')
+        "'dm', 'dc', 'dsa', 'mtt'; real images: 'random', 'kmeans', 'rded', or 'none' (all of the set)", 'dm')
     weighting:one_of('weighting', WEIGHTINGS) = setting(
         "'kde' (the paper's), 'uniform' (vanilla), 'gap_draw' (ours); others: see the docs", 'kde')
     debiaser:one_of('debiaser', DEBIASERS) = setting(
@@ -116,7 +116,7 @@ class Distilling(Weighing):
         "operations, such as 'crop_scale_rotate'; 'none'")
     outer_steps:int|None = setting('matching steps with one network (dc, dsa)', ge=1)
     inner_epochs:int|None = setting('epochs of training between two of them (dc, dsa)', ge=1)
-    lr_net:float|None = setting('learning rate of that training (dc, dsa), of the experts (mtt)', gt=0)
+    lr_net:float|None = setting('learning rate of that training (dc, dsa), the experts (mtt), the teacher (rded)', gt=0)
     experts:int|None = setting('networks trained on the real images (mtt)', ge=1)
     expert_epochs:int|None = setting('snapshots of each (mtt)', ge=1)
     epoch_steps:int|None = setting('SGD steps between two snapshots; 0: a pass over the set (mtt)', ge=0)
@@ -124,6 +124,7 @@ class Distilling(Weighing):
     latest_start:int|None = setting('last snapshot to start from (mtt)', ge=0)
     student_steps:int|None = setting('SGD steps on the synthetic images (mtt)', ge=1)
     lr_lr:float|None = setting("learning rate of the student's learning rate (mtt)", gt=0)
+    teacher_epochs:int|None = setting('passes of the teacher over the real images (rded)', ge=1)
 
 # %% ../../nbs/experiment/02_settings.ipynb #af23c382
 class Judging(Distilling):
@@ -241,6 +242,8 @@ DEFAULTS += [
         iterations=1000, lr_img=.1, outer_steps=outer, inner_epochs=inner)),
     (dict(distiller='dc', profile='paper'), dict(init='noise', eval_epochs=300)),
     (dict(distiller='dsa', profile=('smoke','laptop')), dict(augment=None)),
+    (dict(distiller='rded'), dict(teacher_epochs=3, lr_net=.03)),
+    (dict(distiller='rded', profile='paper'), dict(teacher_epochs=100, lr_net=.01)),
     (dict(distiller='mtt', profile='smoke'), dict(
         lr_img=100., experts=2, expert_epochs=3, epoch_steps=2, ahead=1, latest_start=2, student_steps=2,
         lr_net=.05, lr_lr=1e-4)),

@@ -26,6 +26,7 @@ from ..distill.coreset import coreset
 from ..distill.dm import dm
 from ..distill.dsa import dc, dsa
 from ..distill.mtt import mtt
+from ..distill.rded import rded
 from ..networks.convnet import ConvNet
 from ..networks.others import MLP, MLP255, lenet, many, resnet18
 from ..networks.training import erm
@@ -194,6 +195,7 @@ DISTILLERS = dict(
     mtt=Method(mtt, 'MTT', settings=STUDENT, experts=EXPERTS, packs=True),
     random=Method(None, 'real images at random', weighs='draw', packs=True),
     kmeans=Method(None, 'real images by k-means', coreset, weighs='draw', packs=True),
+    rded=Method(None, 'real crops by RDED', rded, settings=('teacher_epochs','lr_net'), weighs='draw', packs=True),
     none=Method(None, 'the training set', weighs='never', whole=True))
 
 # %% ../../nbs/experiment/01_tables.ipynb #c4b0e4c0
