@@ -32,8 +32,8 @@ def check_factor(
     "Refuse a factor with which an image cannot be cut into tiles. A ValueError."
     if factor in factors(side): return
     some = ', '.join(map(str, factors(side)))
-    raise ValueError(f'factor={factor!r}: images of {side} pixels a side cannot be cut into so many tiles of {LEAST} '
-                     f'pixels or more; expected one of {some}')
+    raise ValueError(f'factor={factor!r}: expected one of {some}, so that an image of {side} pixels a side falls into '
+                     f'tiles of {LEAST} pixels or more')
 
 # %% ../../nbs/distill/06_factor.ipynb #0486fe53
 def stretching(
