@@ -12,6 +12,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from ..data.names import seeded
 from ..data.split import Split
+from .factor import held, pack
 from ..networks.convnet import network_for, to_float
 from ..networks.fast import compiled, features
 from ..weights.weighting import Weighting, class_index
@@ -45,20 +46,21 @@ def cluster_centres(
 def coreset(
     split:Split,         # training set, on the device to work on; its bias labels are not read
     weighting:Weighting, # its `p` are the sample weights; without: all alike
-    ipc:int,             # images per class, at most the size of the smallest class
+    ipc:int,             # images per class; those that they hold are at most the size of the smallest class
     classes:int,         # number of classes
     width:int=128,       # channels of the random ConvNet
     compile:bool=True,   # False for short runs
     *,
+    factor:int=1,        # real images along a side of each, downsized (`06_factor`)
     seed:int,            # of the network and the clusters' start
-)->Tensor:               # (classes, ipc, 3, h, w) real images, in 0 to 1
+)->Tensor:               # (classes, ipc, 3, h, w) real images, or mosaics of them, in 0 to 1
     "Real images nearest to the centres of k-means, class by class, in the features of a random ConvNet."
-    index = class_index(split.y, classes)
-    small = min(map(len, index))
-    if ipc > small: raise ValueError(f"ipc={ipc}: expected at most {small}, the images of the smallest class")
+    index, n = class_index(split.y, classes), held(ipc, factor)
+    most = min(map(len, index))//factor**2
+    if ipc > most: raise ValueError(f"ipc={ipc}: expected at most {most}, as many as the smallest class can fill")
     net = network_for(split.x, width).requires_grad_(False).reset(seeded(seed, 'coreset'))
     f, chosen = features(compiled(net.embed, compile), split.x).cpu(), []
     for i in index:
         w, mine = None if weighting.p is None else weighting.p[i].cpu(), f[i.cpu()]
-        chosen.append(i[nearest(mine, cluster_centres(mine, ipc, w, seed)).to(i.device)])
-    return to_float(split.x[torch.stack(chosen)])
+        chosen.append(i[nearest(mine, cluster_centres(mine, n, w, seed)).to(i.device)])
+    return pack(to_float(split.x[torch.stack(chosen)]), factor)

@@ -14,6 +14,7 @@ from ..networks.augment import augment, draw, parse
 from ..networks.convnet import network_for, to_float
 from ..networks.fast import bite, channels_last, compiled, features
 from ..weights.weighting import class_index, draw_batch
+from .factor import opened
 from .images import commit, moved
 
 # %% ../../nbs/distill/02_dm.ipynb #960ea53e
@@ -114,6 +115,7 @@ def dm(
     classes:int=10,        # number of classes
     compile:bool=True,     # False for short runs
     *,
+    factor:int=1,          # images along a side of a stored one (`06_factor`)
     seed:int,              # names all random streams
 ):                         # a generator of states
     "Distribution matching (Zhao and Bilen 2023) with weights (Cui et al. 2024), step by step."
@@ -124,7 +126,8 @@ def dm(
         params = draw(strategy, 1, generator=seeded(seed,'dm',t,'augment'), siamese=True) if parse(strategy) else None
         moves = {}
         for name,target in _targets(embed, split.x, index, weightings, batch, params, (seed,'dm',t,'real')).items():
-            l, grad = dm_gradients(loss, state['x'][name], target, params, most)
-            moves[name] = l, grad*scale
+            x, back = opened(state['x'][name], factor)
+            l, grad = dm_gradients(loss, x, target, params, most)
+            moves[name] = l, back(grad)*scale
         commit(state, moved(state, moves, lr))
         yield state

@@ -18,6 +18,7 @@ from ..networks.convnet import logits, network_for, to_float
 from ..networks.fast import bite, channels_last, compiled
 from ..networks.training import batch_loss, chunks, step
 from ..weights.weighting import class_index, draw_batch
+from .factor import opened, unpack
 from .images import check_finite, commit, moved
 
 # %% ../../nbs/distill/03_dsa.ipynb #0d4d86e7
@@ -191,12 +192,12 @@ def _reals(split, index, weightings, batch, params, named):
         drawn[id(w.p)] = i, augment_classes(split.x[i], params)
     return {w.name: drawn[id(w.p)] for w in weightings}
 
-def _match(net, fs, i, x, w, syn, params, scale, most):
-    "Loss and scaled gradient of the images."
-    q, p = parameters(net)
+def _match(net, fs, i, x, w, stored, params, scale, most, factor=1):
+    "Loss and scaled gradient of the stored images."
+    (q, p), (syn, back) = parameters(net), opened(stored, factor)
     g = real_gradients(fs[0], q, p, x, None if w.in_batch is None else w.in_batch(i), most)
     loss, grad = image_gradients(fs[1], q, p, syn, g, params, most)
-    return loss, grad*scale
+    return loss, back(grad)*scale
 
 # %% ../../nbs/distill/03_dsa.ipynb #d391a72b
 def _tools(split, width, classes, compile):
@@ -205,7 +206,7 @@ def _tools(split, width, classes, compile):
     index, scale = class_index(split.y, classes), net.std.pow(2)
     return net, index, scale, gradients(net, compile), compiled(batch_loss, compile), most
 
-def _moves(tools, split, weightings, state, t, batch, strategy, classes, outer_steps, seed):
+def _moves(tools, split, weightings, state, t, batch, strategy, classes, outer_steps, seed, factor=1):
     "Loss and scaled gradient of each weighting's images at step `t`."
     net, index, scale, fs, _, most = tools
     def named(*what): return seeded(seed, 'dsa', t, *what)
@@ -214,15 +215,15 @@ def _moves(tools, split, weightings, state, t, batch, strategy, classes, outer_s
     reals, moves = _reals(split, index, weightings, batch, params, named), {}
     for w in weightings:
         _recall(net, state, w.name, t, outer_steps, seed)
-        moves[w.name] = _match(net, fs, *reals[w.name], w, state['x'][w.name], params, scale, most)
+        moves[w.name] = _match(net, fs, *reals[w.name], w, state['x'][w.name], params, scale, most, factor)
     return moves
 
-def _trained(tools, state, new, t, outer_steps, epochs, lr, strategy, seed):
+def _trained(tools, state, new, t, outer_steps, epochs, lr, strategy, seed, factor=1):
     "Parameters of each weighting's network after training on its new images."
     net, loss, own = tools[0], tools[4], {}
     for name,(x,*_) in new.items():
         _recall(net, state, name, t, outer_steps, seed)
-        train_a_little(net, x, epochs, lr, strategy, loss, generator=seeded(seed, 'dsa', t, 'inner'))
+        train_a_little(net, unpack(x, factor), epochs, lr, strategy, loss, generator=seeded(seed, 'dsa', t, 'inner'))
         own[name] = _kept(net, name, t, lr)
     return own
 
@@ -242,6 +243,7 @@ def dsa(
     outer_steps:int=10,    # matching steps with one network
     inner_epochs:int=50,   # epochs of its training between two of them
     lr_net:float=.01,      # learning rate of that training
+    factor:int=1,          # images along a side of a stored one (`06_factor`)
     seed:int,              # names all random streams
 ):                         # a generator of states
     "Gradient matching (Zhao et al. 2021; Zhao and Bilen 2021) with weights (Cui et al. 2024), step by step."
@@ -249,10 +251,11 @@ def dsa(
     tools = _tools(split, width, classes, compile)
     for t in range(state['t'], iterations*outer_steps):
         first, last = t%outer_steps==0, (t+1)%outer_steps==0
-        moves = _moves(tools, split, weightings, state, t, batch, strategy, classes, outer_steps, seed)
+        moves = _moves(tools, split, weightings, state, t, batch, strategy, classes, outer_steps, seed, factor)
         cause = f'lower lr_img ({lr})' + ('' if first else f' or lr_net ({lr_net})')
         new = moved(state, moves, lr, cause=cause)
-        own = {} if last else _trained(tools, state, new, t, outer_steps, inner_epochs, lr_net, strategy, seed)
+        own = {}
+        if not last: own = _trained(tools, state, new, t, outer_steps, inner_epochs, lr_net, strategy, seed, factor)
         commit(state, new, own=own)
         yield state
 
@@ -272,10 +275,11 @@ def dc(
     outer_steps:int=10,    # matching steps with one network
     inner_epochs:int=50,   # epochs of its training between two of them
     lr_net:float=.01,      # learning rate of that training
+    factor:int=1,          # images along a side of a stored one (`06_factor`)
     seed:int,              # names all random streams
 ):                         # a generator of states
     "Gradient matching without augmentation (Zhao et al. 2021). Arguments as `dsa`."
     if parse(strategy):
         raise ValueError(f"strategy={strategy!r}: DC matches without augmentation; with it, that is DSA")
-    settings = dict(outer_steps=outer_steps, inner_epochs=inner_epochs, lr_net=lr_net, seed=seed)
+    settings = dict(outer_steps=outer_steps, inner_epochs=inner_epochs, lr_net=lr_net, factor=factor, seed=seed)
     yield from dsa(split, weightings, state, iterations, lr, batch, width, 'none', classes, compile, **settings)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from ..data.names import seeded
 from ..data.split import Split
+from .factor import held, pack
 from ..networks.convnet import to_float
 from ..networks.training import check_training_set
 from ..weights.weighting import Weighting, class_index, draw_initial
@@ -22,6 +23,7 @@ def initial_images(
     init:str,            # 'real', 'weighted' (real, drawn by weight) or 'noise'
     weighting:Weighting, # read where `init` is 'weighted': its `p`
     seed:int,            # names the stream
+    factor:int=1,        # real images along a side of each, downsized (`06_factor`)
 )->Tensor:               # (classes, ipc, 3, h, w), in 0 to 1
     "Synthetic images to start from."
     if init=='noise': return torch.rand(len(index), ipc, *x.shape[1:], generator=seeded(seed,'noise')).to(x.device)
@@ -29,7 +31,8 @@ def initial_images(
     if init=='weighted' and weighting.p is None:
         raise ValueError(f"init='weighted' needs a weighting that draws by weight; {weighting.name!r} draws evenly")
     p = weighting.p if init=='weighted' else None
-    return to_float(x[draw_initial(index, ipc, p, generator=seeded(seed,'init'))])
+    real = draw_initial(index, held(ipc, factor), p, generator=seeded(seed,'init'))
+    return pack(to_float(x[real]), factor)
 
 # %% ../../nbs/distill/01_images.ipynb #6c2da9fb
 def start(
@@ -39,6 +42,7 @@ def start(
     init:str=None,    # as in `initial_images`; default: 'weighted' where the weighting draws by weight, else 'real'
     classes:int=10,   # number of classes
     seed:int=0,       # names the stream
+    factor:int=1,     # images along a side of a stored one (`06_factor`)
 )->dict:              # t: 0; x, v: name -> (classes, ipc, 3, h, w); loss: name -> []
     "State of a distillation before its first step: `t`, and for each weighting its images and their velocity."
     check_training_set(split.x[:1], split.y[:1])
@@ -46,7 +50,7 @@ def start(
     x = {}
     for w in weightings:
         way = init or ('weighted' if w.p is not None else 'real')
-        x[w.name] = initial_images(split.x, index, ipc, way, w, seed)
+        x[w.name] = initial_images(split.x, index, ipc, way, w, seed, factor)
     return dict(t=0, x=x, v={k: torch.zeros_like(o) for k,o in x.items()}, loss={k: [] for k in x})
 
 # %% ../../nbs/distill/01_images.ipynb #37c59293

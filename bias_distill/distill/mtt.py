@@ -17,6 +17,7 @@ from ..networks.convnet import ConvNet, logits, network_for, to_float
 from ..networks.fast import channels_last, compiled
 from ..networks.training import batch_loss, step
 from ..weights.weighting import Weighting, class_index, draw_batch
+from .factor import opened
 from .images import check_finite, commit, moved
 
 # %% ../../nbs/distill/04_mtt.ipynb #dc5a959c
@@ -166,9 +167,9 @@ def _own_lr(was:dict, g:Tensor, lr:float)->dict:
     return dict(lr=torch.maximum(was['lr']-lr*v, was['lr']/2), v=v)
 
 # %% ../../nbs/distill/04_mtt.ipynb #fe1373ec
-def _follow(state, name, shots, t, fs, scale, student_steps, ahead, latest_start, strategy, seed):
+def _follow(state, name, shots, t, fs, scale, student_steps, ahead, latest_start, strategy, seed, factor=1):
     "One weighting's step: (loss, scaled gradient of its images), gradient of its learning rate."
-    x, g = state['x'][name], seeded(seed, 'mtt', t)
+    (x, back), g = opened(state['x'][name], factor), seeded(seed, 'mtt', t)
     e, t0 = (torch.randint(n, (), generator=g).item() for n in (len(shots['weight']), latest_start+1))
     theta, target = ({k: v[e,o].to(x.device) for k,v in shots.items()} for o in (t0, t0+ahead))
     plan = student_plan(x.shape[:2].numel(), student_steps, strategy, generator=g)
@@ -176,7 +177,7 @@ def _follow(state, name, shots, t, fs, scale, student_steps, ahead, latest_start
     y = torch.arange(len(x), device=x.device).repeat_interleave(x.shape[1])
     lr = state['own'][name]['lr']
     loss, grad_s, grad_lr = trajectory_gradients(fs, theta, target, lr, x.flatten(0,1), y, plan)
-    return (loss, grad_s.view_as(x)*scale), grad_lr
+    return (loss, back(grad_s.view_as(x))*scale), grad_lr
 
 # %% ../../nbs/distill/04_mtt.ipynb #218fd478
 def _ready(split, weightings, state, trajectories, width, classes, ahead, latest_start, lr_net):
@@ -217,12 +218,13 @@ def mtt(
     latest_start:int=25,   # last snapshot to start from
     lr_net:float=.01,      # the student's learning rate to begin with
     lr_lr:float=1e-5,      # the learning rate of that learning rate
+    factor:int=1,          # images along a side of a stored one (`06_factor`)
     seed:int,              # names all random streams
 ):                         # a generator of states
     "Trajectory matching (Cazenavette et al. 2022) with weighted experts, step by step."
     check_positive(student_steps=student_steps, ahead=ahead, lr_net=lr_net)
     net, shots = _ready(split, weightings, state, trajectories, width, classes, ahead, latest_start, lr_net)
-    how = steps(net, compile), net.std.pow(2), student_steps, ahead, latest_start, strategy, seed
+    how = steps(net, compile), net.std.pow(2), student_steps, ahead, latest_start, strategy, seed, factor
     for t in range(state['t'], iterations):
         moves, own = _moves(state, weightings, shots, t, lr_lr, *how)
         commit(state, moved(state, moves, lr, cause=_cause(lr, lr_net, lr_lr)), own=own)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'SPLITS', 'INITS', 'SHARE', 'HEADINGS', 'GROUPS', 'FIELDS', 'KINDS', 'GRADIENT', 'TRAINED', 'DEFAULTS',
-           'SINGLE', 'CHECKS', 'one_of', 'augmentation', 'setting', 'Base', 'What', 'Weighing', 'Distilling', 'Judging',
-           'Run', 'new_fields', 'shown', 'complaint', 'facts', 'holds', 'few', 'few_lenet', 'outer', 'inner',
+           'SINGLE', 'CHECKS', 'NOTHING', 'one_of', 'augmentation', 'setting', 'Base', 'What', 'Weighing', 'Distilling',
+           'Judging', 'Run', 'new_fields', 'shown', 'complaint', 'facts', 'holds', 'few', 'few_lenet', 'outer', 'inner',
            'defaults', 'wrong_data', 'wrong_weights', 'wrong_distilling', 'wrong_judging', 'complete']
 
 # %% ../../nbs/experiment/02_settings.ipynb #18251b21
@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ..data.cmnist import SECOND
 from ..data.names import lookup, unknown
 from ..distill.dsa import loops
+from ..distill.factor import held
 from .tables import DATASETS, DEBIASERS, DISTILLERS, LABELS, NETWORKS, WEIGHTINGS
 from ..networks.augment import default_strategy, parse
 
@@ -76,7 +77,7 @@ class What(Base):
         wanted=SHARE, ge=0, le=1)
     ipc:int = setting('synthetic images per class', 10, ge=1)
     distiller:one_of('distiller', DISTILLERS) = setting(
-        "'dm', 'dc', 'dsa', 'mtt'; real images: 'random', 'kmeans', or 'none' (all of the set)", 'dm')
+        "'dm', 'dc', 'dsa', 'mtt'; real images: 'random', 'kmeans', 'rded', or 'none' (all of the set)", 'dm')
     weighting:one_of('weighting', WEIGHTINGS) = setting(
         "'kde' (the paper's), 'uniform' (vanilla), 'gap_draw' (ours); others: see the docs", 'kde')
     debiaser:one_of('debiaser', DEBIASERS) = setting(
@@ -110,11 +111,12 @@ class Distilling(Weighing):
     batch_real:int|None = setting('real images of a class and step', ge=2)
     width:int|None = setting('channels of the ConvNets that match', ge=1)
     init:one_of('init', INITS)|None = setting("start from 'real', 'weighted' (needs a weighting that draws) or 'noise'")
+    factor:int|None = setting('smaller images along a side of each synthetic one: 2 makes it hold four; None: 1', ge=1)
     augment:Annotated[str, AfterValidator(augmentation)]|None = setting(
         "operations, such as 'crop_scale_rotate'; 'none'")
     outer_steps:int|None = setting('matching steps with one network (dc, dsa)', ge=1)
     inner_epochs:int|None = setting('epochs of training between two of them (dc, dsa)', ge=1)
-    lr_net:float|None = setting('learning rate of that training (dc, dsa), of the experts (mtt)', gt=0)
+    lr_net:float|None = setting('learning rate of that training (dc, dsa), the experts (mtt), the teacher (rded)', gt=0)
     experts:int|None = setting('networks trained on the real images (mtt)', ge=1)
     expert_epochs:int|None = setting('snapshots of each (mtt)', ge=1)
     epoch_steps:int|None = setting('SGD steps between two snapshots; 0: a pass over the set (mtt)', ge=0)
@@ -122,6 +124,7 @@ class Distilling(Weighing):
     latest_start:int|None = setting('last snapshot to start from (mtt)', ge=0)
     student_steps:int|None = setting('SGD steps on the synthetic images (mtt)', ge=1)
     lr_lr:float|None = setting("learning rate of the student's learning rate (mtt)", gt=0)
+    teacher_epochs:int|None = setting('passes of the teacher over the real images (rded)', ge=1)
 
 # %% ../../nbs/experiment/02_settings.ipynb #af23c382
 class Judging(Distilling):
@@ -239,6 +242,8 @@ DEFAULTS += [
         iterations=1000, lr_img=.1, outer_steps=outer, inner_epochs=inner)),
     (dict(distiller='dc', profile='paper'), dict(init='noise', eval_epochs=300)),
     (dict(distiller='dsa', profile=('smoke','laptop')), dict(augment=None)),
+    (dict(distiller='rded'), dict(teacher_epochs=3, lr_net=.03)),
+    (dict(distiller='rded', profile='paper'), dict(teacher_epochs=100, lr_net=.01)),
     (dict(distiller='mtt', profile='smoke'), dict(
         lr_img=100., experts=2, expert_epochs=3, epoch_steps=2, ahead=1, latest_start=2, student_steps=2,
         lr_net=.05, lr_lr=1e-4)),
@@ -281,7 +286,7 @@ def defaults(
         if holds(when, known): values |= then
     values |= data.settings | dict(conflict=data.conflict)
     if values.get('augment') is None: values['augment'] = default_strategy(run.dataset, run.distiller)
-    return {k: v(run.ipc) if callable(v) else v for k,v in values.items()}
+    return {k: v(held(run.ipc, run.factor)) if callable(v) else v for k,v in values.items()}
 
 # %% ../../nbs/experiment/02_settings.ipynb #323484ef
 SINGLE = [k for k in FIELDS if any(k in m.takes for m in DISTILLERS.values())] # settings that only some distillers take
@@ -382,6 +387,8 @@ def wrong_judging(
 CHECKS = [wrong_data, wrong_weights, wrong_distilling, wrong_judging]
 
 # %% ../../nbs/experiment/02_settings.ipynb #307cb6f0
+NOTHING = dict(zip(LABELS, (1,0)), factor=1) # values that change nothing, kept as None, as if they were not given
+
 def complete(
     **given, # settings by name; None: as if it were not given
 )->Run:
@@ -396,4 +403,4 @@ def complete(
     auto = {k: v for k,v in defaults(asked).items() if getattr(asked, k) is None}
     run = asked.but(**auto)
     if bad := [o for check in CHECKS for o in check(run, asked)]: raise ValueError('; '.join(bad))
-    return run.but(**{k: None for k,all_right in zip(LABELS, (1,0)) if getattr(run, k)==all_right})
+    return run.but(**{k: None for k,nothing in NOTHING.items() if getattr(run, k)==nothing})

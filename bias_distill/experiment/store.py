@@ -44,7 +44,8 @@ def run_key(
     "Readable and unique: dataset, conflict, ipc, distiller, weighting, debiaser, seed and a hash of everything."
     share = '' if run.conflict is None else f'-{run.conflict*100:g}pct'
     after = '' if run.debiaser=='none' else f'-{run.debiaser}'
-    name = f'{run.dataset}{share}-ipc{run.ipc}-{run.distiller}-{run.weighting}{after}-seed{run.seed}'
+    tiles = f'-factor{run.factor}' if run.factor else ''
+    name = f'{run.dataset}{share}-ipc{run.ipc}-{run.distiller}{tiles}-{run.weighting}{after}-seed{run.seed}'
     return f"{name}-{stage_key(run, 'row', data)}"
 
 # %% ../../nbs/experiment/05_store.ipynb #01d0766a
@@ -74,7 +75,7 @@ def side_by_side(
 
 # %% ../../nbs/experiment/05_store.ipynb #6d75f616
 ALWAYS = ('dataset','conflict','ipc','distiller','weighting','profile','seed')
-CHOSEN = ('dataset','ipc','distiller','weighting','debiaser','network','profile')
+CHOSEN = ('dataset','ipc','distiller','weighting','debiaser','network','profile','factor')
 
 def arguments(
     run:Run, # complete
@@ -83,7 +84,7 @@ def arguments(
     auto, skip = dict(complete(**{k: getattr(run, k) for k in CHOSEN})), ignored(run.weighting)
     def tells(k, v):
         if k in ALWAYS: return True
-        return k in ('debiaser','network') and v!='none' or v!=auto[k] and k not in skip
+        return k in ('debiaser','network','factor') and v!='none' or v!=auto[k] and k not in skip
     return ' '.join(f'-p {k} {v}' for k,v in run if v is not None and tells(k, v))
 
 def command(

@@ -26,6 +26,7 @@ from ..distill.coreset import coreset
 from ..distill.dm import dm
 from ..distill.dsa import dc, dsa
 from ..distill.mtt import mtt
+from ..distill.rded import rded
 from ..networks.convnet import ConvNet
 from ..networks.others import MLP, MLP255, lenet, many, resnet18
 from ..networks.training import erm
@@ -170,29 +171,31 @@ class Method:
     steps:object|None=None # generator of states; None: it takes no step
     title:str=''           # what tables call it
     select:object|None=None # function that chooses real images, as `coreset`; None: they are drawn at random
-    settings:tuple=()      # the run's settings that `steps` takes beyond the common ones
+    settings:tuple=()      # the run's settings that `steps` or `select` takes beyond the common ones
     experts:tuple=()       # settings of networks that it first trains on the real images, and follows; (): none
     weighs:str='mean'      # where weights enter: 'mean' (and draw), 'draw' alone, or 'never'
     augments:str='maybe'   # while matching: 'maybe', 'always' or 'never'
     across:tuple=()        # settings, beyond the weights, in which runs may differ that share a pass over real images
+    packs:bool=False       # its images can hold smaller ones: it takes `factor`
     whole:bool=False       # its images are the training set, without distillation
 
     @property
     def takes(self)->tuple: # of names of settings
         "The run's settings that only some distillers take."
-        return self.settings + self.experts
+        return self.settings + self.experts + ('factor',)*self.packs
 
 # %% ../../nbs/experiment/01_tables.ipynb #398b5324
 LOOPED = ('outer_steps','inner_epochs','lr_net')
 EXPERTS = ('experts','expert_epochs','epoch_steps','lr_net')
 STUDENT = ('lr_net','ahead','latest_start','student_steps','lr_lr')
 DISTILLERS = dict(
-    dm=Method(dm, 'DM', across=('ipc',)),
-    dc=Method(dc, 'DC', settings=LOOPED, augments='never'),
-    dsa=Method(dsa, 'DSA', settings=LOOPED, augments='always'),
-    mtt=Method(mtt, 'MTT', settings=STUDENT, experts=EXPERTS),
-    random=Method(None, 'real images at random', weighs='draw'),
-    kmeans=Method(None, 'real images by k-means', coreset, weighs='draw'),
+    dm=Method(dm, 'DM', across=('ipc',), packs=True),
+    dc=Method(dc, 'DC', settings=LOOPED, augments='never', packs=True),
+    dsa=Method(dsa, 'DSA', settings=LOOPED, augments='always', packs=True),
+    mtt=Method(mtt, 'MTT', settings=STUDENT, experts=EXPERTS, packs=True),
+    random=Method(None, 'real images at random', weighs='draw', packs=True),
+    kmeans=Method(None, 'real images by k-means', coreset, weighs='draw', packs=True),
+    rded=Method(None, 'real crops by RDED', rded, settings=('teacher_epochs','lr_net'), weighs='draw', packs=True),
     none=Method(None, 'the training set', weighs='never', whole=True))
 
 # %% ../../nbs/experiment/01_tables.ipynb #c4b0e4c0
@@ -216,5 +219,6 @@ def method(
     "What tables and pictures call the method of a run."
     get = dict(run).get
     weights, after = WEIGHTINGS.get(get('weighting')), DEBIASERS[get('debiaser', 'none')].title
-    parts = (DISTILLERS[get('distiller')].title, weights.title if weights else get('weighting'))
+    held = f", factor {get('factor')}" if get('factor') else ''
+    parts = (DISTILLERS[get('distiller')].title+held, weights.title if weights else get('weighting'))
     return ' + '.join(o for o in parts if o) + (f', then {after}' if after else '')

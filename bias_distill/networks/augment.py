@@ -179,7 +179,8 @@ STRATEGY = {                   # (distiller, dataset) -> strategy, where it is n
     ('dc', None): 'none',
     ('dm', 'cmnist'): 'none',
     ('random', 'cmnist'): 'none',
-    ('kmeans', 'cmnist'): 'none'}
+    ('kmeans', 'cmnist'): 'none',
+    ('rded', 'cmnist'): 'none'}
 DIGITS = ('cmnist','cmnist_fg','cmnist_bg') # a mirrored digit is no digit
 
 def default_strategy(

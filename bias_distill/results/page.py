@@ -18,6 +18,7 @@ from pandas import DataFrame, concat
 from safetensors.torch import load_file
 from ..data.kept import write_atomic, write_figure
 from ..data.names import lookup, unknown
+from ..distill.factor import unpack
 from ..experiment.params import plain_values
 from ..experiment.settings import PROFILES
 from ..experiment.store import command
@@ -350,4 +351,5 @@ def keep_tile(
     row = read_row(Path(rows)/f'{name}.json')
     file = Path(runs)/f"{row['key']}.safetensors"
     if not file.exists(): raise FileNotFoundError(f'{file} is not there: expected the images of {name}')
-    write_tile(Path(tiles)/f'{name}.png', load_file(file)['x'].unflatten(0, (-1, row['ipc'])))
+    x = load_file(file)['x'].unflatten(0, (-1, row['ipc']))
+    write_tile(Path(tiles)/f'{name}.png', unpack(x, row.get('factor') or 1))

@@ -23,7 +23,7 @@ MEASURES = dict( # what is measured -> (its title in tables, digits)
     accuracy=('accuracy, %', 1), aligned=('aligned', 1), conflicting=('conflicting', 1), worst_group=('worst group', 1),
     auroc=('AUROC', 3), weight_on_conflicting=('weight on conflicting', 2), effective_share=('effective share', 2))
 FAIRNESS = dict(deo_m=('DEO_M', 1), deo_a=('DEO_A', 1)) # of the groups of a class, see `unfairness`; lower is fairer
-USUAL = dict(network=None, debiaser='none') # plain training, judged by the usual ConvNet
+USUAL = dict(network=None, debiaser='none', factor=None) # plain training, judged by the usual ConvNet; whole images
 
 def frame(
     rows, # list of dicts, as `read_row` gives them; a frame is returned as it is
@@ -62,7 +62,7 @@ def where(
 
 # %% ../../nbs/results/01_rows.ipynb #ddaaf2c7
 # what tables vary
-VARY = ('dataset','conflict','ipc','distiller','weighting','debiaser','profile','seed','split','network')
+VARY = ('dataset','conflict','ipc','distiller','weighting','debiaser','profile','seed','split','network','factor')
 
 def is_plain(
     row:dict, # with all that is in `VARY`
@@ -343,10 +343,10 @@ PUBLISHED = [
 def all_published(
     row,         # dict of settings, such as a row; or a line of a frame
 )->list:         # of dicts, with `accuracy`, `source` and `note`
-    "The published results for a row's setting. None of them was told too few bias labels, or wrong ones."
+    "The published results for a row's setting. None knew too few bias labels, or put several images in one."
     keys = ('dataset','conflict','ipc','distiller','weighting','debiaser')
     network = None if row.get('network')=='convnet' else row.get('network')
-    if any(row.get(k) is not None for k in LABELS): return []
+    if any(row.get(k) is not None for k in (*LABELS,'factor')): return []
     return [p for p in PUBLISHED if p['network']==network and all(p[k]==row[k] for k in keys)]
 
 def published(

@@ -39,7 +39,8 @@ def cell_name(
     images = '' if DISTILLERS[run.distiller].whole else f'ipc{run.ipc}'
     after = '' if run.debiaser=='none' else run.debiaser
     split = '' if run.split=='test' else run.split
-    what = [run.dataset, share, images, run.distiller, run.weighting, after, run.network, split]
+    tiles = f'factor{run.factor}' if run.factor else ''
+    what = [run.dataset, share, images, run.distiller, tiles, run.weighting, after, run.network, split]
     return '-'.join([p for p in what if p] + [f'seed{run.seed}', setting(run)])
 
 def run_of(
@@ -274,9 +275,9 @@ def row_seconds(
 
 # %% ../../nbs/results/05_sweep.ipynb #99217089
 LIKE = ( # what a row has in common with a cell, the nearest first
-    ('dataset','conflict','ipc','distiller','weighting','debiaser','network','profile'),
-    ('dataset','ipc','distiller','debiaser','network','profile'),
-    ('ipc','distiller','debiaser','network','profile'),
+    ('dataset','conflict','ipc','factor','distiller','weighting','debiaser','network','profile'),
+    ('dataset','ipc','factor','distiller','debiaser','network','profile'),
+    ('ipc','factor','distiller','debiaser','network','profile'),
     ('distiller','debiaser','profile'),
     ('distiller','profile'),
     ('profile',))
