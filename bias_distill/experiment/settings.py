@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ..data.cmnist import SECOND
 from ..data.names import lookup, unknown
 from ..distill.dsa import loops
+from ..distill.pool import METRICS
 from .tables import DATASETS, DEBIASERS, DISTILLERS, LABELS, NETWORKS, WEIGHTINGS
 from ..networks.augment import default_strategy, parse
 
@@ -76,7 +77,7 @@ class What(Base):
         wanted=SHARE, ge=0, le=1)
     ipc:int = setting('synthetic images per class', 10, ge=1)
     distiller:one_of('distiller', DISTILLERS) = setting(
-        "'dm', 'dc', 'dsa', 'mtt'; real images: 'random', 'kmeans', or 'none' (all of the set)", 'dm')
+        "'dm', 'dc', 'dsa', 'mtt', 'pool'; real images: 'random', 'kmeans', or 'none' (all of the set)", 'dm')
     weighting:one_of('weighting', WEIGHTINGS) = setting(
         "'kde' (the paper's), 'uniform' (vanilla), 'gap_draw' (ours); others: see the docs", 'kde')
     debiaser:one_of('debiaser', DEBIASERS) = setting(
@@ -114,14 +115,16 @@ class Distilling(Weighing):
         "operations, such as 'crop_scale_rotate'; 'none'")
     outer_steps:int|None = setting('matching steps with one network (dc, dsa)', ge=1)
     inner_epochs:int|None = setting('epochs of training between two of them (dc, dsa)', ge=1)
-    lr_net:float|None = setting('learning rate of that training (dc, dsa), of the experts (mtt)', gt=0)
-    experts:int|None = setting('networks trained on the real images (mtt)', ge=1)
-    expert_epochs:int|None = setting('snapshots of each (mtt)', ge=1)
-    epoch_steps:int|None = setting('SGD steps between two snapshots; 0: a pass over the set (mtt)', ge=0)
+    lr_net:float|None = setting('learning rate of that training (dc, dsa), of the experts (mtt, pool)', gt=0)
+    experts:int|None = setting('networks trained on the real images (mtt, pool)', ge=1)
+    expert_epochs:int|None = setting('snapshots of each (mtt); pool: the last is used', ge=1)
+    epoch_steps:int|None = setting('SGD steps between two snapshots; 0: a pass over the set (mtt, pool)', ge=0)
     ahead:int|None = setting("snapshots between a student's start and its target (mtt)", ge=1)
     latest_start:int|None = setting('last snapshot to start from (mtt)', ge=0)
     student_steps:int|None = setting('SGD steps on the synthetic images (mtt)', ge=1)
     lr_lr:float|None = setting("learning rate of the student's learning rate (mtt)", gt=0)
+    metric:one_of('metric', METRICS)|None = setting("what is matched (pool): 'mean' of features, or 'ecf' (their distribution)")
+    calibration:float|None = setting('weight of the cross-entropy under a trained network (pool); 0: none', ge=0)
 
 # %% ../../nbs/experiment/02_settings.ipynb #af23c382
 class Judging(Distilling):
@@ -192,7 +195,7 @@ def facts(
 )->dict:    # what conditions can ask for
     "What a line of `DEFAULTS` can ask about a run."
     way, how, net = WEIGHTINGS[run.weighting], DISTILLERS[run.distiller], NETWORKS[run.network or 'convnet']
-    chosen = {k: getattr(run, k) for k in ('profile','dataset','distiller','debiaser','network','weighting')}
+    chosen = {k: getattr(run, k) for k in ('profile','dataset','distiller','debiaser','network','weighting','metric')}
     return chosen | dict(draws=way.draws, finds_variance=way.finds_variance, mlp=net.mlp, debiased=run.debiaser!='none',
                          distills=how.steps is not None, whole=how.whole)
 
@@ -248,6 +251,10 @@ DEFAULTS += [
     (dict(distiller='mtt', profile='paper'), dict(
         iterations=5000, lr_img=1000., init='noise', experts=100, expert_epochs=50, epoch_steps=0, ahead=3,
         latest_start=25, student_steps=20, lr_net=.01, lr_lr=1e-5, eval_lr=None)),
+    (dict(distiller='pool'), dict(expert_epochs=1, lr_net=.05, metric='mean', calibration=1.)),
+    (dict(distiller='pool', profile='smoke'), dict(experts=2, epoch_steps=4)),
+    (dict(distiller='pool', profile='laptop'), dict(experts=5, epoch_steps=160)),
+    (dict(distiller='pool', profile='paper'), dict(experts=20, epoch_steps=10_000, lr_net=.01)),
 ]
 
 # %% ../../nbs/experiment/02_settings.ipynb #8f4befab
@@ -352,7 +359,7 @@ def wrong_distilling(
     if method.steps and run.iterations < 1: bad.append(f'iterations={run.iterations}: expected at least 1')
     if not method.steps and run.iterations:
         bad.append(f'iterations={run.iterations}: distiller={run.distiller!r} takes no steps; expected 0, or None')
-    if method.experts and run.latest_start+run.ahead > run.expert_epochs:
+    if 'ahead' in method.settings and run.latest_start+run.ahead > run.expert_epochs:
         last = run.latest_start+run.ahead
         bad.append(f'latest_start={run.latest_start} and ahead={run.ahead} reach snapshot {last}; '
                    f'the experts have {run.expert_epochs} (expert_epochs)')

@@ -26,6 +26,7 @@ from ..distill.coreset import coreset
 from ..distill.dm import dm
 from ..distill.dsa import dc, dsa
 from ..distill.mtt import mtt
+from ..distill.pool import pool
 from ..networks.convnet import ConvNet
 from ..networks.others import MLP, MLP255, lenet, many, resnet18
 from ..networks.training import erm
@@ -171,7 +172,7 @@ class Method:
     title:str=''           # what tables call it
     select:object|None=None # function that chooses real images, as `coreset`; None: they are drawn at random
     settings:tuple=()      # the run's settings that `steps` takes beyond the common ones
-    experts:tuple=()       # settings of networks that it first trains on the real images, and follows; (): none
+    experts:tuple=()       # settings of networks that it first trains on the real images; (): none
     weighs:str='mean'      # where weights enter: 'mean' (and draw), 'draw' alone, or 'never'
     augments:str='maybe'   # while matching: 'maybe', 'always' or 'never'
     across:tuple=()        # settings, beyond the weights, in which runs may differ that share a pass over real images
@@ -191,6 +192,7 @@ DISTILLERS = dict(
     dc=Method(dc, 'DC', settings=LOOPED, augments='never'),
     dsa=Method(dsa, 'DSA', settings=LOOPED, augments='always'),
     mtt=Method(mtt, 'MTT', settings=STUDENT, experts=EXPERTS),
+    pool=Method(pool, 'pool', settings=('metric','calibration'), experts=EXPERTS, across=('ipc',)),
     random=Method(None, 'real images at random', weighs='draw'),
     kmeans=Method(None, 'real images by k-means', coreset, weighs='draw'),
     none=Method(None, 'the training set', weighs='never', whole=True))

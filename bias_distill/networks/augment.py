@@ -168,6 +168,7 @@ def augment(
 STRATEGY = {                   # (distiller, dataset) -> strategy, where it is not the authors' own; None: any dataset
     ('dc', None): 'none',
     ('dm', 'cmnist'): 'none',
+    ('pool', 'cmnist'): 'none',
     ('random', 'cmnist'): 'none',
     ('kmeans', 'cmnist'): 'none'}
 DIGITS = ('cmnist','cmnist_fg','cmnist_bg') # a mirrored digit is no digit
