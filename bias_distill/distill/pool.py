@@ -9,6 +9,7 @@ __all__ = ['METRICS', 'blend', 'ecf', 'ecf_distance', 'mean_feature', 'squared_d
 # %% ../../nbs/distill/07_pool.ipynb #e623ea7a
 from dataclasses import dataclass
 import torch, torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 from ..data.names import lookup, seeded
 from ..data.split import Split
@@ -48,7 +49,7 @@ def ecf_distance(
     b:Tensor,        # (C, 2, T) from `ecf`, of synthetic images
     eps:float=1e-12, # below this square a distance has no gradient
 )->Tensor:           # ()
-    "Mean distance of two characteristic functions over the frequencies, by the square root of two, summed over classes."
+    "Distance of two characteristic functions, by the square root of 2: mean over frequencies, sum over classes."
     return ((a-b).pow(2).sum(1).clamp(min=eps)/2).sqrt().mean(-1).sum()
 
 # %% ../../nbs/distill/07_pool.ipynb #c9799a1c
@@ -127,29 +128,32 @@ class Matcher:
         blend(self.net, shots, k, l)
         blend(self.trained, shots, k, 0.)
 
-    def target(self,
-        i:Tensor,  # (C, n) indices of real images
-        w:Tensor,  # (C, n) weights, mean one in each row; None: ones
-        t:Tensor,  # (T, f) frequencies
-        params,    # augmentation, from `draw`; None: none
-    )->Tensor:     # (C, ...)
-        "The metric's summary of real images."
-        return self.metric.summary(features_of_draws(self.embed, self.x, [i], params)[0], w, t)
+# %% ../../nbs/distill/07_pool.ipynb #cca7e271
+@patch
+def target(self:Matcher,
+    i:Tensor,    # (C, n) indices of real images
+    w:Tensor,    # (C, n) weights, mean one in each row; None: ones
+    t:Tensor,    # (T, f) frequencies
+    params=None, # augmentation, from `draw`; None: none
+)->Tensor:       # (C, ...)
+    "The metric's summary of real images."
+    return self.metric.summary(features_of_draws(self.embed, self.x, [i], params)[0], w, t)
 
-    def gradients(self,
-        syn:Tensor,        # (C, m, 3, h, w) synthetic images, 0 to 1
-        target:Tensor,     # (C, ...) from `target`
-        t:Tensor,          # (T, f) frequencies
-        calibration:float, # weight of the calibration; 0: none
-        params,            # augmentation, from `draw`; None: none
-    )->tuple:              # loss (); gradient (C, m, 3, h, w)
-        "Loss and gradient of synthetic images."
-        loss, grad = dm_gradients(lambda s,o: self.match(s, o, t), syn, target, params, self.most)
-        if not calibration: return loss, grad
-        l, g = dm_gradients(self.calibrate, syn, self.labels, params, self.most)
-        return loss+calibration*l, grad+calibration*g
+@patch
+def gradients(self:Matcher,
+    syn:Tensor,        # (C, m, 3, h, w) synthetic images, 0 to 1
+    target:Tensor,     # (C, ...) from `target`
+    t:Tensor,          # (T, f) frequencies
+    calibration:float, # weight of the calibration; 0: none
+    params=None,       # augmentation, from `draw`; None: none
+)->tuple:              # loss (); gradient (C, m, 3, h, w)
+    "Loss and gradient of synthetic images."
+    loss, grad = dm_gradients(lambda s,o: self.match(s, o, t), syn, target, params, self.most)
+    if not calibration: return loss, grad
+    l, g = dm_gradients(self.calibrate, syn, self.labels, params, self.most)
+    return loss+calibration*l, grad+calibration*g
 
-# %% ../../nbs/distill/07_pool.ipynb #d82bf5fb
+# %% ../../nbs/distill/07_pool.ipynb #885d032f
 def _alike(weightings):
     "Lists of the weightings that draw and weigh alike, and were trained with alike."
     groups = {}
@@ -167,9 +171,21 @@ def _drawn(m, strategy, seed, t):
 def _check_pool(metric, calibration):
     "Refuse what is no metric or no weight."
     lookup('metric', metric, METRICS)
-    if not 0 <= calibration < float('inf'): raise ValueError(f"calibration={calibration}: expected a weight of at least 0")
+    if 0 <= calibration < float('inf'): return
+    raise ValueError(f"calibration={calibration}: expected a weight of at least 0")
 
-# %% ../../nbs/distill/07_pool.ipynb #885d032f
+def _moves(m, index, groups, state, t, batch, trajectories, calibration, strategy, seed):
+    "Loss and gradient of each run's images at step `t`."
+    (l, ts, params), moves = _drawn(m, strategy, seed, t), {}
+    for w,*others in groups:
+        shots = trajectories[w.name]
+        m.take(shots, torch.randint(len(shots['weight']), (), generator=seeded(seed,'pool',t,'member')).item(), l)
+        i = draw_batch(index, batch, w.p, generator=seeded(seed,'dm',t,'real'))
+        target = m.target(i, None if w.in_batch is None else w.in_batch(i), ts, params)
+        for o in (w, *others): moves[o.name] = m.gradients(state['x'][o.name], target, ts, calibration, params)
+    return moves
+
+# %% ../../nbs/distill/07_pool.ipynb #3046dd81
 def pool(
     split:Split,          # training set, on the device to work on; its bias labels are not read
     weightings:list,      # of `Weighting`, distilled side by side
@@ -192,14 +208,6 @@ def pool(
     m, index = Matcher(split.x, width, classes, metric, compile), class_index(split.y, classes)
     scale, groups = m.net.std.pow(2), _alike(weightings)
     for t in range(state['t'], iterations):
-        (l, ts, params), moves = _drawn(m, strategy, seed, t), {}
-        for w,*others in groups:
-            shots = trajectories[w.name]
-            m.take(shots, torch.randint(len(shots['weight']), (), generator=seeded(seed,'pool',t,'member')).item(), l)
-            i = draw_batch(index, batch, w.p, generator=seeded(seed,'dm',t,'real'))
-            target = m.target(i, None if w.in_batch is None else w.in_batch(i), ts, params)
-            for o in (w, *others):
-                loss, grad = m.gradients(state['x'][o.name], target, ts, calibration, params)
-                moves[o.name] = loss, grad*scale
-        commit(state, moved(state, moves, lr))
+        moves = _moves(m, index, groups, state, t, batch, trajectories, calibration, strategy, seed)
+        commit(state, moved(state, {k: (loss, grad*scale) for k,(loss,grad) in moves.items()}, lr))
         yield state

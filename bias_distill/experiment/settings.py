@@ -123,7 +123,8 @@ class Distilling(Weighing):
     latest_start:int|None = setting('last snapshot to start from (mtt)', ge=0)
     student_steps:int|None = setting('SGD steps on the synthetic images (mtt)', ge=1)
     lr_lr:float|None = setting("learning rate of the student's learning rate (mtt)", gt=0)
-    metric:one_of('metric', METRICS)|None = setting("what is matched (pool): 'mean' of features, or 'ecf' (their distribution)")
+    metric:one_of('metric', METRICS)|None = setting(
+        "what is matched (pool): 'mean' of features, or 'ecf' (their distribution)")
     calibration:float|None = setting('weight of the cross-entropy under a trained network (pool); 0: none', ge=0)
 
 # %% ../../nbs/experiment/02_settings.ipynb #af23c382
@@ -195,7 +196,7 @@ def facts(
 )->dict:    # what conditions can ask for
     "What a line of `DEFAULTS` can ask about a run."
     way, how, net = WEIGHTINGS[run.weighting], DISTILLERS[run.distiller], NETWORKS[run.network or 'convnet']
-    chosen = {k: getattr(run, k) for k in ('profile','dataset','distiller','debiaser','network','weighting','metric')}
+    chosen = {k: getattr(run, k) for k in ('profile','dataset','distiller','debiaser','network','weighting')}
     return chosen | dict(draws=way.draws, finds_variance=way.finds_variance, mlp=net.mlp, debiased=run.debiaser!='none',
                          distills=how.steps is not None, whole=how.whole)
 
@@ -253,7 +254,7 @@ DEFAULTS += [
         latest_start=25, student_steps=20, lr_net=.01, lr_lr=1e-5, eval_lr=None)),
     (dict(distiller='pool'), dict(expert_epochs=1, lr_net=.05, metric='mean', calibration=1.)),
     (dict(distiller='pool', profile='smoke'), dict(experts=2, epoch_steps=4)),
-    (dict(distiller='pool', profile='laptop'), dict(experts=5, epoch_steps=160)),
+    (dict(distiller='pool', profile='laptop'), dict(iterations=150, experts=5, epoch_steps=80)),
     (dict(distiller='pool', profile='paper'), dict(experts=20, epoch_steps=10_000, lr_net=.01)),
 ]
 
