@@ -203,7 +203,7 @@ def pool(
     calibration:float=1., # weight of the cross-entropy under the trained member; 0: none
     seed:int,             # names all random streams
 ):                        # a generator of states
-    "Distribution matching on a pool of partly trained networks (DANCE, NCFM, 2025) with weights, step by step."
+    "Distribution matching on a pool of partly trained networks (DANCE 2024, NCFM 2025) with weights, step by step."
     _check_pool(metric, calibration)
     m, index = Matcher(split.x, width, classes, metric, compile), class_index(split.y, classes)
     scale, groups = m.net.std.pow(2), _alike(weightings)
