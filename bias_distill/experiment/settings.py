@@ -15,6 +15,7 @@ from ..data.cmnist import SECOND
 from ..data.names import lookup, unknown
 from ..distill.dsa import loops
 from ..distill.factor import held
+from ..distill.pool import METRICS
 from .tables import DATASETS, DEBIASERS, DISTILLERS, LABELS, NETWORKS, WEIGHTINGS
 from ..networks.augment import default_strategy, parse
 
@@ -77,7 +78,7 @@ class What(Base):
         wanted=SHARE, ge=0, le=1)
     ipc:int = setting('synthetic images per class', 10, ge=1)
     distiller:one_of('distiller', DISTILLERS) = setting(
-        "'dm', 'dc', 'dsa', 'mtt'; real images: 'random', 'kmeans', 'rded', or 'none' (all of the set)", 'dm')
+        "'dm', 'dc', 'dsa', 'mtt', 'pool'; real images: 'random', 'kmeans', 'rded', or 'none' (all)", 'dm')
     weighting:one_of('weighting', WEIGHTINGS) = setting(
         "'kde' (the paper's), 'uniform' (vanilla), 'gap_draw' (ours); others: see the docs", 'kde')
     debiaser:one_of('debiaser', DEBIASERS) = setting(
@@ -116,14 +117,17 @@ class Distilling(Weighing):
         "operations, such as 'crop_scale_rotate'; 'none'")
     outer_steps:int|None = setting('matching steps with one network (dc, dsa)', ge=1)
     inner_epochs:int|None = setting('epochs of training between two of them (dc, dsa)', ge=1)
-    lr_net:float|None = setting('learning rate of that training (dc, dsa), the experts (mtt), the teacher (rded)', gt=0)
-    experts:int|None = setting('networks trained on the real images (mtt)', ge=1)
-    expert_epochs:int|None = setting('snapshots of each (mtt)', ge=1)
-    epoch_steps:int|None = setting('SGD steps between two snapshots; 0: a pass over the set (mtt)', ge=0)
+    lr_net:float|None = setting('learning rate of that training (dc, dsa), the experts (mtt, pool), the teacher (rded)', gt=0)
+    experts:int|None = setting('networks trained on the real images (mtt, pool)', ge=1)
+    expert_epochs:int|None = setting('snapshots of each (mtt); pool: the last is used', ge=1)
+    epoch_steps:int|None = setting('SGD steps between two snapshots; 0: a pass over the set (mtt, pool)', ge=0)
     ahead:int|None = setting("snapshots between a student's start and its target (mtt)", ge=1)
     latest_start:int|None = setting('last snapshot to start from (mtt)', ge=0)
     student_steps:int|None = setting('SGD steps on the synthetic images (mtt)', ge=1)
     lr_lr:float|None = setting("learning rate of the student's learning rate (mtt)", gt=0)
+    metric:one_of('metric', METRICS)|None = setting(
+        "what is matched (pool): 'mean' of features, or 'ecf' (their distribution)")
+    calibration:float|None = setting('weight of the cross-entropy under a trained network (pool); 0: none', ge=0)
     teacher_epochs:int|None = setting('passes of the teacher over the real images (rded)', ge=1)
 
 # %% ../../nbs/experiment/02_settings.ipynb #af23c382
@@ -253,6 +257,10 @@ DEFAULTS += [
     (dict(distiller='mtt', profile='paper'), dict(
         iterations=5000, lr_img=1000., init='noise', experts=100, expert_epochs=50, epoch_steps=0, ahead=3,
         latest_start=25, student_steps=20, lr_net=.01, lr_lr=1e-5, eval_lr=None)),
+    (dict(distiller='pool'), dict(expert_epochs=1, lr_net=.05, metric='mean', calibration=1.)),
+    (dict(distiller='pool', profile='smoke'), dict(experts=2, epoch_steps=4)),
+    (dict(distiller='pool', profile='laptop'), dict(iterations=150, experts=5, epoch_steps=80)),
+    (dict(distiller='pool', profile='paper'), dict(experts=20, epoch_steps=10_000, lr_net=.01)),
 ]
 
 # %% ../../nbs/experiment/02_settings.ipynb #8f4befab
@@ -357,7 +365,7 @@ def wrong_distilling(
     if method.steps and run.iterations < 1: bad.append(f'iterations={run.iterations}: expected at least 1')
     if not method.steps and run.iterations:
         bad.append(f'iterations={run.iterations}: distiller={run.distiller!r} takes no steps; expected 0, or None')
-    if method.experts and run.latest_start+run.ahead > run.expert_epochs:
+    if 'ahead' in method.settings and run.latest_start+run.ahead > run.expert_epochs:
         last = run.latest_start+run.ahead
         bad.append(f'latest_start={run.latest_start} and ahead={run.ahead} reach snapshot {last}; '
                    f'the experts have {run.expert_epochs} (expert_epochs)')

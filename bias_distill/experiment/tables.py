@@ -26,6 +26,7 @@ from ..distill.coreset import coreset
 from ..distill.dm import dm
 from ..distill.dsa import dc, dsa
 from ..distill.mtt import mtt
+from ..distill.pool import pool
 from ..distill.rded import rded
 from ..networks.convnet import ConvNet
 from ..networks.others import MLP, MLP255, lenet, many, resnet18
@@ -172,7 +173,7 @@ class Method:
     title:str=''           # what tables call it
     select:object|None=None # function that chooses real images, as `coreset`; None: they are drawn at random
     settings:tuple=()      # the run's settings that `steps` or `select` takes beyond the common ones
-    experts:tuple=()       # settings of networks that it first trains on the real images, and follows; (): none
+    experts:tuple=()       # settings of networks that it first trains on the real images; (): none
     weighs:str='mean'      # where weights enter: 'mean' (and draw), 'draw' alone, or 'never'
     augments:str='maybe'   # while matching: 'maybe', 'always' or 'never'
     across:tuple=()        # settings, beyond the weights, in which runs may differ that share a pass over real images
@@ -193,6 +194,7 @@ DISTILLERS = dict(
     dc=Method(dc, 'DC', settings=LOOPED, augments='never', packs=True),
     dsa=Method(dsa, 'DSA', settings=LOOPED, augments='always', packs=True),
     mtt=Method(mtt, 'MTT', settings=STUDENT, experts=EXPERTS, packs=True),
+    pool=Method(pool, 'pool', settings=('metric','calibration'), experts=EXPERTS, across=('ipc',), packs=True),
     random=Method(None, 'real images at random', weighs='draw', packs=True),
     kmeans=Method(None, 'real images by k-means', coreset, weighs='draw', packs=True),
     rded=Method(None, 'real crops by RDED', rded, settings=('teacher_epochs','lr_net'), weighs='draw', packs=True),

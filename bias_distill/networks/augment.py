@@ -178,6 +178,7 @@ def augment(
 STRATEGY = {                   # (distiller, dataset) -> strategy, where it is not the authors' own; None: any dataset
     ('dc', None): 'none',
     ('dm', 'cmnist'): 'none',
+    ('pool', 'cmnist'): 'none',
     ('random', 'cmnist'): 'none',
     ('kmeans', 'cmnist'): 'none',
     ('rded', 'cmnist'): 'none'}

@@ -16,8 +16,9 @@ from .rows import flat, where
 # %% ../../nbs/results/04_figures.ipynb #4bc59fcb
 COLOURS = dict( # without weights, with weights
     random=('#aaaaaa','#666666'), kmeans=('#a8c8a0','#5c8a52'), dm=('#8fb8de','#3a6fb0'), dc=('#d3bc8d','#8a6d3b'),
-    dsa=('#c9b3e0','#7a4fa3'), mtt=('#edb98f','#c0662c'), rded=('#e6a8b4','#a8405c'), none=('#444444','#444444'))
-MARKERS = dict(random='X', kmeans='D', dm='o', dc='v', dsa='s', mtt='^', rded='p', none='P')
+    dsa=('#c9b3e0','#7a4fa3'), mtt=('#edb98f','#c0662c'), pool=('#e8a3b5','#b03a5e'), rded=('#9fd0cf','#2f8a88'),
+    none=('#444444','#444444'))
+MARKERS = dict(random='X', kmeans='D', dm='o', dc='v', dsa='s', mtt='^', pool='h', rded='p', none='P')
 CEILING = '#2a8a4a' # of what reads bias labels
 
 def looks(
