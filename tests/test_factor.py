@@ -12,6 +12,7 @@ from bias_distill.distill.dsa import dsa
 from bias_distill.distill.factor import factors, opened, pack, tile_side, unpack
 from bias_distill.distill.images import start
 from bias_distill.distill.mtt import mtt, train_experts
+from bias_distill.distill.pool import pool
 from bias_distill.distill.rded import crop, crop_places, easiest
 from bias_distill.experiment.experiment import Experiment
 from bias_distill.experiment.judge import evaluate
@@ -70,13 +71,14 @@ def digits(): return Split((torch.rand(60, 3, 8, 8, generator=seeded(0))*255).by
 FEW = dict(lr=1., batch=8, width=4, classes=3, compile=False, seed=0)
 def first_step(name, split, ws, state, **more):
     how = FEW|more
-    if name=='mtt':
+    if name in ('mtt','pool'):
         shots = train_experts(split, ws[0], 1, 3, 2, .05, 8, 4, classes=3, compile=False, seed=0)
-        how |= dict(trajectories={w.name: shots for w in ws}, student_steps=2, ahead=1, latest_start=1, lr_net=.05)
+        how |= dict(trajectories={w.name: shots for w in ws})
+    if name=='mtt': how |= dict(student_steps=2, ahead=1, latest_start=1, lr_net=.05)
     if name=='dsa': how |= dict(outer_steps=2, inner_epochs=1, strategy='none')
-    return next(dict(dm=dm, dsa=dsa, mtt=mtt)[name](split, ws, state, 2, **how))
+    return next(dict(dm=dm, dsa=dsa, mtt=mtt, pool=pool)[name](split, ws, state, 2, **how))
 
-@pytest.mark.parametrize('name', ['dm','dsa','mtt'])
+@pytest.mark.parametrize('name', ['dm','dsa','mtt','pool'])
 def test_a_step_is_the_step_of_what_is_seen_taken_back(name):
     "One step on the seen images by the distiller without `factor`; its gradient, taken back by a matrix of derivatives, moves the stored ones."
     split, w = digits(), [uniform()]
@@ -94,7 +96,7 @@ def test_a_step_is_the_step_of_what_is_seen_taken_back(name):
     assert torch.allclose(after['v']['uniform'].view(3,2,3,64), moved, atol=1e-4*scale) and moved.abs().max() > 0
     assert not torch.equal(after['x']['uniform'], x) and after['x']['uniform'].shape == x.shape != s.shape
 
-@pytest.mark.parametrize('name', ['dm','dsa','mtt'])
+@pytest.mark.parametrize('name', ['dm','dsa','mtt','pool'])
 def test_factor_one_is_today(name):
     split, w = digits(), [uniform()]
     a, b = (first_step(name, split, w, start(split, w, 2, classes=3, **f), **f) for f in ({}, dict(factor=1)))
