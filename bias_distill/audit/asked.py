@@ -22,6 +22,7 @@ def on_machine(
     chosen(device)
     return device
 
+# %% ../../nbs/audit/08_asked.ipynb #5112e398
 class Asked(BaseModel):
     "What an audit was asked for."
     model_config = ConfigDict(frozen=True, strict=True, extra='forbid')

@@ -183,6 +183,7 @@ def _read_name(where, folder, inside, name, part, usual=None):
         f"aligned files having {'label = bias' if usual is None else f'bias {expected} in this class'}")
     return (0, int(m[1]), '') if m[1].isdigit() else (1, 0, m[1]), c, k
 
+# %% ../../nbs/data/15_layout.ipynb #b79caa86
 def _read_names(
     root:Path,  # the set's folder
     folder:str, # in it: '5pct', 'test', 'valid' or '5pct/valid'

@@ -174,6 +174,7 @@ def row(self:Store,
     if found.get('key') == path.stem: return found
     raise ValueError(f"{path} is the row of {found.get('key')}: delete that file and start again")
 
+# %% ../../nbs/experiment/05_store.ipynb #eff05980
 @patch
 def how_of(self:Store,
     run, # complete

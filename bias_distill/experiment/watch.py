@@ -77,6 +77,7 @@ def _peak(device):
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
     return torch.mps.driver_allocated_memory()/2**20 if device.type == 'mps' else peak_memory()
 
+# %% ../../nbs/experiment/04_watch.ipynb #ad2e3b5c
 @contextlib.contextmanager
 def watch(
     seconds:dict, # stage -> seconds so far, changed in place

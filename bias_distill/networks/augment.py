@@ -93,9 +93,10 @@ def flip(
 
 # %% ../../nbs/networks/06_augment.ipynb #6941484b
 def _product(x, grid):
-    "What `grid_sample` gives, as a product: each pixel's weights on the rows of its source, times those on the columns."
+    "What `grid_sample` gives, as a product: weights on the rows of the source, times weights on its columns."
     h, w = x.shape[2:]
-    column, row = (((grid.flatten(1,2)[...,k]+1)*n-1)/2 for k,n in enumerate((w, h))) # (k, pixels), places in the source
+    # (k, pixels) places in the source
+    column, row = (((grid.flatten(1,2)[...,k]+1)*n-1)/2 for k,n in enumerate((w, h)))
     across, down = ((1-(o[:,None]-torch.arange(n, device=x.device)[:,None]).abs()).relu()[:,None]
                     for o,n in ((column, w), (row, h))) # (k, 1, columns or rows, pixels)
     return ((x@across)*down).sum(2).view(len(x), -1, *grid.shape[1:3])

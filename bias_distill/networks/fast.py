@@ -62,6 +62,7 @@ def _no_triton():
     able = torch.cuda.get_device_capability()
     return '' if able >= (7, 0) else f"a GPU of compute capability {able[0]}.{able[1]}, and Triton wants 7.0"
 
+# %% ../../nbs/networks/02_fast.ipynb #69f557a5
 @functools.cache
 def can_compile(
     device:str='cpu', # device type
@@ -92,6 +93,7 @@ def _in_float32(f):
         finally: cudnn.allow_tf32 = was
     return call
 
+# %% ../../nbs/networks/02_fast.ipynb #e902e324
 def compiled(
     f,                # function of tensors
     on:bool=True,     # False: `f` itself
