@@ -117,7 +117,7 @@ class Distilling(Weighing):
         "operations, such as 'crop_scale_rotate'; 'none'")
     outer_steps:int|None = setting('matching steps with one network (dc, dsa)', ge=1)
     inner_epochs:int|None = setting('epochs of training between two of them (dc, dsa)', ge=1)
-    lr_net:float|None = setting('learning rate of that training (dc, dsa), experts (mtt, pool), a teacher (rded)', gt=0)
+    lr_net:float|None = setting('learning rate of that, of experts (mtt, pool), of a teacher (rded)', gt=0)
     experts:int|None = setting('networks trained on the real images (mtt, pool)', ge=1)
     expert_epochs:int|None = setting('snapshots of each (mtt); pool: the last is used', ge=1)
     epoch_steps:int|None = setting('SGD steps between two snapshots; 0: a pass over the set (mtt, pool)', ge=0)
