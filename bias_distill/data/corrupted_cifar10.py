@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor
-from .files import asked, built, decode, download as fetch, entries, offline, recipe, source_digest, with_progress
+from .files import asked, built, decode, download as fetch, entries, offline, recipe, source_digest
+from .files import with_progress
 from .kept import cache_dir, kept
 from .names import check_share, check_split, seeded
 from .split import BiasedDataset, Split, assign_bias, hold_out

@@ -38,7 +38,7 @@ def matching_passes(
     real, syn, steps = e.classes*r.batch_real, e.classes*held(r.ipc, r.factor), len(runs)*total_steps(r)
     return steps*TRAINING*(r.inner_epochs or 0)*syn, steps*(3*real + 9*syn)
 
-# %% ../../nbs/experiment/08_forecast.ipynb #d265516d
+# %% ../../nbs/experiment/08_forecast.ipynb #6b1f0c01
 def expert_passes(
     e:Experiment, # whose images pass
     r,            # one of its runs
@@ -55,6 +55,7 @@ def trajectory_passes(
     student = total_steps(r)*r.student_steps*min(e.classes*held(r.ipc, r.factor), SGD_BATCH)*12
     return len(runs)*expert_passes(e, r), len(runs)*student
 
+# %% ../../nbs/experiment/08_forecast.ipynb #d265516d
 def teacher_passes(
     e:Experiment, # whose images pass
     runs:list,    # chosen side by side
