@@ -12,7 +12,6 @@ from ..data.names import seeded
 from ..data.split import Split
 from .factor import held, pack
 from ..networks.convnet import to_float
-from ..networks.training import check_training_set
 from ..weights.weighting import Weighting, class_index, draw_initial
 
 # %% ../../nbs/distill/01_images.ipynb #ecd7ad11
@@ -45,7 +44,7 @@ def start(
     factor:int=1,     # images along a side of a stored one (`06_factor`)
 )->dict:              # t: 0; x, v: name -> (classes, ipc, 3, h, w); loss: name -> []
     "State of a distillation before its first step: `t`, and for each weighting its images and their velocity."
-    check_training_set(split.x[:1], split.y[:1])
+    if not len(split): raise ValueError('no images to train on')
     index = class_index(split.y, classes)
     x = {}
     for w in weightings:
