@@ -154,6 +154,12 @@ def gradients(self:Matcher,
     l, g = dm_gradients(self.calibrate, syn, self.labels, params, self.most)
     return loss+calibration*l, grad+calibration*g
 
+def _check_pool(metric, calibration):
+    "Refuse what is no metric or no weight."
+    lookup('metric', metric, METRICS)
+    if 0 <= calibration < float('inf'): return
+    raise ValueError(f"calibration={calibration}: expected a weight of at least 0")
+
 # %% ../../nbs/distill/07_pool.ipynb #885d032f
 def _alike(weightings):
     "Lists of the weightings that draw and weigh alike, and were trained with alike."
@@ -168,12 +174,6 @@ def _drawn(m, strategy, seed, t):
     ts = torch.randn(m.metric.frequencies, m.net.features, generator=g, device=d)
     if not parse(strategy): return l, ts, None
     return l, ts, draw(strategy, 1, generator=seeded(seed,'dm',t,'augment'), siamese=True)
-
-def _check_pool(metric, calibration):
-    "Refuse what is no metric or no weight."
-    lookup('metric', metric, METRICS)
-    if 0 <= calibration < float('inf'): return
-    raise ValueError(f"calibration={calibration}: expected a weight of at least 0")
 
 def _moves(m, index, groups, state, t, batch, trajectories, calibration, strategy, factor, seed):
     "Loss and gradient of each run's stored images at step `t`."
