@@ -254,8 +254,7 @@ def dsa(
         moves = _moves(tools, split, weightings, state, t, batch, strategy, classes, outer_steps, seed, factor)
         cause = f'lower lr_img ({lr})' + ('' if first else f' or lr_net ({lr_net})')
         new = moved(state, moves, lr, cause=cause)
-        own = {}
-        if not last: own = _trained(tools, state, new, t, outer_steps, inner_epochs, lr_net, strategy, seed, factor)
+        own = {} if last else _trained(tools, state, new, t, outer_steps, inner_epochs, lr_net, strategy, seed, factor)
         commit(state, new, own=own)
         yield state
 

@@ -178,7 +178,7 @@ def _weighting(self:Experiment, run, way)->tuple: # `Weighting`, costs by stage,
     if w.about: report['chosen'] = self.chosen[run] | w.about
     return w, dict(kde=(seconds['kde'], memory['kde'])) if way.view else {}, report
 
-# %% ../../nbs/experiment/07_experiment.ipynb #04d1e691
+# %% ../../nbs/experiment/07_experiment.ipynb #5c01fa22
 def settings_of(
     run, # complete
 )->dict: # setting -> value
@@ -186,6 +186,7 @@ def settings_of(
     names = (*DISTILLERS[run.distiller].settings, 'factor')
     return {k: v for k in names if (v := getattr(run, k)) is not None}
 
+# %% ../../nbs/experiment/07_experiment.ipynb #04d1e691
 @patch
 def _state(self:Experiment, run)->dict:
     "The state of a run's distillation: kept, or fresh."
@@ -197,6 +198,7 @@ def _state(self:Experiment, run)->dict:
     state = dict(t=meta['t'], x={name: t['x']}, v={name: t['v']}, loss={name: meta['loss']})
     return state | {k: meta[k] for k in ('seconds','memory','experts')} | (dict(own={name: own}) if own else {})
 
+# %% ../../nbs/experiment/07_experiment.ipynb #5c01fa23
 @patch
 def _fresh(self:Experiment, run)->dict:
     "The state before any step: images to start from, or chosen ones, which are final and kept."
