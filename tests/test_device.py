@@ -14,7 +14,8 @@ from bias_distill.audit.report import audit
 from bias_distill.data.cmnist import cmnist
 from bias_distill.data.folder import folder, raw_files
 from bias_distill.data.names import seeded
-from bias_distill.experiment.experiment import Experiment, joined
+from bias_distill.distill.images import joined
+from bias_distill.experiment.experiment import Experiment
 from bias_distill.experiment.settings import complete
 from bias_distill.experiment.tables import DATASETS, DISTILLERS, Dataset
 from bias_distill.networks.augment import augment

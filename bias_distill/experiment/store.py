@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEEN', 'MADE', 'TRAINED', 'EXPERT', 'RESULT', 'STAGES', 'WEIGHED', 'NAMED', 'ALWAYS', 'CHOSEN', 'stage_key',
-           'run_key', 'total_steps', 'side_by_side', 'arguments', 'command', 'check_apart', 'writable', 'Store']
+           'run_key', 'total_steps', 'side_by_side', 'settings_of', 'arguments', 'command', 'check_apart', 'writable',
+           'Store']
 
 # %% ../../nbs/experiment/05_store.ipynb #496f4244
 import hashlib, json
@@ -72,6 +73,14 @@ def side_by_side(
         home = next((k for k in groups if k[0]==alike and fits(k)), (alike, len(groups)))
         groups.setdefault(home, []).append(r)
     return list(groups.values())
+
+# %% ../../nbs/experiment/05_store.ipynb #5c01fa22
+def settings_of(
+    run, # complete
+)->dict: # setting -> value
+    "What a run tells its distiller beyond the common settings; what it leaves open is the distiller's default."
+    names = (*DISTILLERS[run.distiller].settings, 'factor')
+    return {k: v for k in names if (v := getattr(run, k)) is not None}
 
 # %% ../../nbs/experiment/05_store.ipynb #6d75f616
 ALWAYS = ('dataset','conflict','ipc','distiller','weighting','profile','seed')
