@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from ..data.names import seeded
 from ..data.split import Split
-from .factor import held, pack
+from .factor import pack, places
 from ..networks.convnet import network_for, to_float
 from ..networks.fast import compiled, features
 from ..weights.weighting import Weighting, class_index
@@ -55,9 +55,8 @@ def coreset(
     seed:int,            # of the network and the clusters' start
 )->Tensor:               # (classes, ipc, 3, h, w) real images, or mosaics of them, in 0 to 1
     "Real images nearest to the centres of k-means, class by class, in the features of a random ConvNet."
-    index, n = class_index(split.y, classes), held(ipc, factor)
-    most = min(map(len, index))//factor**2
-    if ipc > most: raise ValueError(f"ipc={ipc}: expected at most {most}, as many as the smallest class can fill")
+    index = class_index(split.y, classes)
+    n = places(index, ipc, factor)
     net = network_for(split.x, width).requires_grad_(False).reset(seeded(seed, 'coreset'))
     f, chosen = features(compiled(net.embed, compile), split.x).cpu(), []
     for i in index:

@@ -10,7 +10,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 from ..data.names import check_positive, seeded
 from ..data.split import Split
-from .factor import held, pack, tile_side
+from .factor import pack, places, tile_side
 from ..networks.convnet import network_for, to_float
 from ..networks.fast import compiled, features
 from ..networks.training import train
@@ -94,8 +94,8 @@ def easy_crops(
     generator,    # says where crops lie
 )->tuple:         # crops (m, 3, h, w), 0 to 1; indices of their images (m,)
     "The crops that a teacher finds easiest, one an image."
-    places = [o.to(x.device) for o in crop_places(len(x)*crops, generator=generator)]
-    pieces = crop(to_float(x).repeat_interleave(crops, 0), *places)
+    where = [o.to(x.device) for o in crop_places(len(x)*crops, generator=generator)]
+    pieces = crop(to_float(x).repeat_interleave(crops, 0), *where)
     out = features(compiled(net, compile, exact=True), shrunk(pieces, factor))
     losses = F.cross_entropy(out, torch.full((len(out),), label, device=out.device), reduction='none')
     i, k = easiest(losses.view(-1, crops), m)
@@ -131,10 +131,8 @@ def rded(
     seed:int,            # names all random streams
 )->Tensor:               # (classes, ipc, 3, h, w) crops, or mosaics of them, in 0 to 1
     "Crops of real images that a teacher finds easy (Sun et al. 2024), with weights in the draws."
-    index, m = class_index(split.y, classes), held(ipc, factor)
-    small = min(map(len, index))
-    most = small//factor**2
-    if ipc > most: raise ValueError(f"ipc={ipc}: expected at most {most}, as many as the smallest class can fill")
+    index = class_index(split.y, classes)
+    m = places(index, ipc, factor)
     net = teacher(split, weighting, classes, width, teacher_epochs, lr_net, compile, seed=seed)
     pool = pools(index, m, weighting.p, generator=seeded(seed,'rded','pool'))
     chosen = [easy_crops(net, split.x[i], k, m, CROPS, factor, compile, generator=seeded(seed,'rded','crops',k))[0]
