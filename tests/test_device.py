@@ -110,7 +110,9 @@ CASES = { # what is run side by side
     'dsa': [dict(distiller='dsa', augment='scale_rotate', **TRAINED_DC)],
     'mtt': [dict(distiller='mtt', augment='scale_rotate', experts=1, expert_epochs=2, latest_start=1, iterations=2)],
     'random': [dict(distiller='random', weighting='gap_draw')],
-    'kmeans': [dict(distiller='kmeans', weighting='kde_draw')]}
+    'kmeans': [dict(distiller='kmeans', weighting='kde_draw')],
+    'pool': [dict(distiller='pool', experts=1, epoch_steps=2, iterations=2, factor=2)],
+    'rded': [dict(distiller='rded', weighting='gap_draw', teacher_epochs=1)]}
 JUDGES = {
     'erm': dict(debiaser='erm'), 'selecmix': dict(debiaser='selecmix'), 'dfa': dict(debiaser='dfa'),
     'mlp': dict(network='mlp'), 'lenet': dict(network='lenet'),
