@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
 import torch, torchgen, yaml
+import torch._dynamo # loaded later, under the simulation, it would look into functions that are replaced there
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -169,9 +169,8 @@ def _alike(weightings):
 
 def _drawn(m, strategy, seed, t):
     "The age, the frequencies and the augmentation of step `t`."
-    l, d = torch.rand((), generator=seeded(seed,'pool',t,'age')).item(), m.x.device
-    g = seeded(seed, 'pool', t, 'frequencies', device=d.type)
-    ts = torch.randn(m.metric.frequencies, m.net.features, generator=g, device=d)
+    l, g = torch.rand((), generator=seeded(seed,'pool',t,'age')).item(), seeded(seed,'pool',t,'frequencies')
+    ts = torch.randn(m.metric.frequencies, m.net.features, generator=g).to(m.x.device)
     if not parse(strategy): return l, ts, None
     return l, ts, draw(strategy, 1, generator=seeded(seed,'dm',t,'augment'), siamese=True)
 
