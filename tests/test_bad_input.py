@@ -303,7 +303,7 @@ def test_damaged_checkpoint(stage, how, damage, finished, out):
     victims = [out/f for f in finished if f.replace(os.sep, '/').startswith(stage)]; assert victims
     for p in victims:
         whole = p.read_bytes(); p.write_bytes(damage(whole)); before = files(out)
-        refused(lambda: as_notebook(out), ValueError, [str(p), 'is damaged', 'delete that file and start again', 'only its stage'])
+        refused(lambda: as_notebook(out), ValueError, [str(p), 'is damaged', 'move that file away and start again', 'only its stage'])
         assert files(out) == before
         p.write_bytes(whole)
     as_notebook(out)
@@ -314,7 +314,7 @@ def test_damaged_row(damage, finished, out):
     restore(finished, out)
     for p in [out/f for f in finished if f.endswith('.json')]:
         whole = p.read_bytes(); p.write_bytes(damage(whole)); before = files(out)
-        refused(lambda: as_notebook(out), ValueError, [str(p), 'is not a result row', 'delete that file and start again'])
+        refused(lambda: as_notebook(out), ValueError, [str(p), 'is not a result row', 'move that file away and start again'])
         assert files(out) == before
         p.write_bytes(whole)
 
@@ -326,7 +326,7 @@ def test_files_that_were_swapped_are_not_believed(kind, finished, out):
     a.write_bytes(b.read_bytes())
     b.write_bytes(whole)
     before = files(out)
-    refused(lambda: as_notebook(out), ValueError, ['delete that file and start again', dict(json='is the row of').get(kind, 'it holds what belongs to')])
+    refused(lambda: as_notebook(out), ValueError, ['move that file away and start again', dict(json='is the row of').get(kind, 'it holds what belongs to')])
     assert files(out) == before
 
 def test_deleting_the_damaged_file_is_all_it_takes(finished, out):

@@ -45,6 +45,8 @@ def read_file(
     path, # of a file
 )->bytes:
     "All of a regular file; a ValueError for what is none (a pipe, a device) and for one above `LARGEST`."
+    if os.path.islink(path) and not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: a link to {os.readlink(path)!r}, which is not there")
     s = os.stat(path)
     if not stat.S_ISREG(s.st_mode): raise ValueError(f"{path}: expected a file, found a pipe, a device or a folder")
     _check_size(path, s.st_size)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['write_atomic', 'write_figure', 'write_table', 'digest', 'save_tensors', 'load_tensors', 'locked', 'cache_dir',
-           'kept_dir', 'kept_path', 'prune', 'kept']
+           'kept_dir', 'kept_path', 'sweep_parts', 'prune', 'kept']
 
 # %% ../../nbs/data/02_kept.ipynb #b3845e19
-import contextlib, hashlib, io, json, math, os, re, stat, tempfile, time, warnings
+import contextlib, errno, hashlib, io, json, math, os, re, stat, tempfile, time, warnings
 from pathlib import Path
 import torch
 from filelock import FileLock
@@ -19,8 +19,14 @@ def write_atomic(
     path,       # of the file; its folder is made if need be
     data:bytes, # all of it
 ):
-    "Write so that no reader ever sees a part. An OSError names the path."
-    path = Path(path)
+    "Write so that no reader ever sees a part. An OSError names the path, and where there is no room says what to do."
+    try: _write(Path(path), data)
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = '. Make room there: the same command then goes on from what is kept'*full
+        raise OSError(e.errno, f'{e.strerror}{way_out}', str(path)) from e
+
+def _write(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, part = tempfile.mkstemp(dir=path.parent, prefix='.'+path.name)
     try:
@@ -102,7 +108,7 @@ def load_tensors(
         if name != path.stem: raise ValueError(f'it holds what belongs to {name}')
     except FileNotFoundError: raise
     except Exception as e:
-        way_out = 'delete that file and start again; only its stage is computed anew'
+        way_out = 'move that file away and start again; only its stage is computed anew'
         raise ValueError(f'{path} is damaged ({e}): {way_out}') from e
     return tensors, meta
 
@@ -165,7 +171,7 @@ def _name_inside(path):
     "The name that `save_tensors` wrote into the file at `path`; None for any other file."
     try:
         with safe_open(path, 'pt') as f: return json.loads(f.metadata()['bias_distill'])['name']
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError): return None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError): return None
 
 def _is_ours(path):
     "Did `kept` write this file? By its kind, its name, and what its header says."
@@ -183,15 +189,17 @@ def _limit():
     return most*1e9
 
 # %% ../../nbs/data/02_kept.ipynb #9e94bf47
-_PART = re.compile(r'\.[A-Za-z0-9_].*-[0-9a-f]{8}\.safetensors[a-z0-9_]{8}')
+_PART = re.compile(r'\.[A-Za-z0-9_].*-[0-9a-f]{8,12}\.(safetensors|json|png)[a-z0-9_]{8}')
 
 def _delete(path):
     try: path.unlink()
     except OSError: pass # another process was faster, or has it open
 
-def _sweep():
+def sweep_parts(
+    folder, # in which we write files whose names end in a digest
+):
     "Delete temporary files of ours that are older than a day."
-    for o in kept_dir().glob('.*.safetensors*'):
+    for o in Path(folder).glob('.*'):
         if _PART.fullmatch(o.name) and (s := _plain(o)) and time.time() - s.st_mtime > 24*3600: _delete(o)
 
 def prune(
@@ -216,14 +224,14 @@ def _found(path, wanted=()):
     try: tensors, meta = load_tensors(path)
     except (OSError, ValueError): return None
     texts = meta.get('texts')
-    if texts is None or not set(wanted) <= set(texts): return None
+    if not isinstance(texts, dict) or not set(wanted) <= set(texts): return None
     _used(path)
     return tensors, texts
 
 def _add(path, tensors, texts):
     "Write a file and make room for it; where that cannot be, a warning."
     try:
-        _sweep()
+        sweep_parts(kept_dir())
         save_tensors(path, tensors, texts=texts)
         prune(path)
     except (OSError, SafetensorError) as e:

@@ -10,11 +10,12 @@ import functools, hashlib
 from dataclasses import dataclass, replace
 import matplotlib.pyplot as plt, torch, torch.nn.functional as F
 from torch import Tensor
-from .names import check_share, for_figure
+from .names import check_share, check_tensors, for_figure
 
 # %% ../../nbs/data/01_split.ipynb #5e11a0d0
 def _check_tensors(x, y, b):
     "Refuse images, labels and biases that do not fit together."
+    check_tensors(x=x, y=y, b=b)
     if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f"x must be (n, 3, h, w), got {tuple(x.shape)}")
     if x.dtype != torch.uint8: raise ValueError(f"x must be uint8, 0 to 255, got {x.dtype}")
     for k,v in dict(y=y, b=b).items():

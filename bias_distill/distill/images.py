@@ -8,7 +8,7 @@ __all__ = ['BY_NAME', 'initial_images', 'start', 'moved', 'check_finite', 'commi
 # %% ../../nbs/distill/01_images.ipynb #30bc8a98
 import torch
 from torch import Tensor
-from ..data.names import seeded
+from ..data.names import check_positive, seeded
 from ..data.split import Split
 from .factor import held, pack
 from ..networks.convnet import to_float
@@ -45,6 +45,8 @@ def start(
 )->dict:              # t: 0; x, v: name -> (classes, ipc, 3, h, w); loss: name -> []
     "State of a distillation before its first step: `t`, and for each weighting its images and their velocity."
     if not len(split): raise ValueError('no images to train on')
+    if isinstance(weightings, Weighting): raise TypeError('weightings is one Weighting: expected a list of them')
+    check_positive(ipc=ipc)
     index = class_index(split.y, classes)
     x = {}
     for w in weightings:

@@ -20,7 +20,8 @@ from .judge import evaluate
 from .settings import Run, complete
 from .store import Store, check_apart, command, settings_of, side_by_side, total_steps, writable
 from .tables import DATASETS, DEBIASERS, DISTILLERS, LABELS, VIEWS, WEIGHTINGS, load
-from .watch import FORMAT, bar, device_name, peak_memory, provenance, watch, write_row
+from .watch import (
+    FORMAT, bar, check_memory, device_name, peak_memory, provenance, watch, write_row)
 from ..networks.convnet import channel_stats
 from ..networks.device import chosen, repeatable
 from ..networks.fast import can_compile, how
@@ -34,6 +35,7 @@ def check_together(
     runs:list, # of `Run`
 )->list:       # complete
     "Complete the runs; refuse those that do not share a dataset. A TypeError or ValueError."
+    if not runs: raise ValueError("runs=[]: expected at least one Run, such as complete(dataset='cmnist')")
     for r in runs:
         if not isinstance(r, Run): raise TypeError(f"run={r!r}: expected a Run, such as complete(dataset='cmnist')")
     runs = list(dict.fromkeys(complete(**dict(r)) for r in runs))
@@ -76,6 +78,10 @@ class Experiment:
         self.store = Store(self.out, self.data.fingerprint, means)
         for r in self.runs: self.store.check(r, stages(r))
 
+    def __getattr__(self, name):
+        first = dict(views='look', weightings='weigh', synthetic='distill').get(name)
+        raise AttributeError(f"no {name} yet: call {first}() first" if first else f"Experiment has no {name!r}")
+
     def __repr__(self):
         lines = [self.store.key(r)+' (done)'*self.done(r) for r in self.runs]
         return '\n'.join([repr(self.data)]+lines)
@@ -108,8 +114,10 @@ def _load(self:Experiment, data_dir):
     self.train, self.test = self.data.train.to(device), self.data.test.to(device)
     trains, judges = (s.y.bincount(minlength=self.classes).tolist() for s in (self.data.train, self.data.test))
     k = trains.index(min(trains))
+    side = self.train.x.shape[-1]
     for r in self.runs:
-        check_factor(r.factor or 1, self.train.x.shape[-1])
+        check_memory(r, self.classes, side, device)
+        check_factor(r.factor or 1, side)
         if held(r.ipc, r.factor) <= trains[k]: continue
         each = f', factor={r.factor}' if r.factor else ''
         most = trains[k]//held(1, r.factor) if r.factor else 'that'
@@ -311,8 +319,8 @@ def save_picture(
     share = '' if run.conflict is None else f'{run.conflict:.1%} conflicting, '
     mark = ' — SMOKE'*(run.profile=='smoke')
     ax.set_title(f'{run.dataset}, {share}{run.distiller}, {run.weighting}{mark}', fontsize=8)
-    write_figure(path, fig)
-    plt.close(fig)
+    try: write_figure(path, fig)
+    finally: plt.close(fig)
 
 # %% ../../nbs/experiment/07_experiment.ipynb #b66e3c84
 @patch

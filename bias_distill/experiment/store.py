@@ -12,7 +12,7 @@ import hashlib, json
 from pathlib import Path
 from fastcore.basics import patch
 from ..data.files import resolve
-from ..data.kept import load_tensors, write_atomic
+from ..data.kept import load_tensors, sweep_parts, write_atomic
 from .settings import Distilling, Judging, Run, complete
 from .tables import DATASETS, DISTILLERS, ENCODER, LABELS, VIEWS, ignored
 from .watch import read_row
@@ -139,6 +139,7 @@ class Store:
         how:str,  # how stages are computed on this machine, such as 'cpu eager'
     ):
         self.folder, self.data, self.how = Path(folder), data, how
+        for o in (self.folder, self.folder/'stages'): sweep_parts(o)
 
     def key(self,
         run,  # complete
@@ -171,7 +172,8 @@ def done(self:Store,
 )->bool:
     "Are its row, its images and their picture there?"
     kinds = ('json',) if DISTILLERS[run.distiller].whole else ('json','safetensors','png')
-    return all(self.file(run, k).exists() for k in kinds)
+    def there(path): return path.is_file() and path.stat().st_size > 0
+    return all(there(self.file(run, k)) for k in kinds)
 
 @patch
 def row(self:Store,
@@ -181,7 +183,7 @@ def row(self:Store,
     path = self.file(run, 'json')
     found = read_row(path)
     if found.get('key') == path.stem: return found
-    raise ValueError(f"{path} is the row of {found.get('key')}: delete that file and start again")
+    raise ValueError(f"{path} is the row of {found.get('key')}: move that file away and start again")
 
 # %% ../../nbs/experiment/05_store.ipynb #eff05980
 @patch
@@ -200,3 +202,4 @@ def check(self:Store,
     for path in [self.stage(run, o) for o in stages] + [self.file(run, 'safetensors')]:
         if path.exists(): load_tensors(path)
     if self.file(run, 'json').exists(): self.row(run)
+    if self.file(run, 'png').is_dir(): raise ValueError(f"{self.file(run, 'png')} is a folder: move it away")

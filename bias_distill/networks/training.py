@@ -9,7 +9,7 @@ __all__ = ['chunks', 'batch_loss', 'step', 'check_training_set', 'train', 'fit',
 # %% ../../nbs/networks/04_training.ipynb #052a9671
 import torch, torch.nn.functional as F
 from torch import Tensor
-from ..data.names import check_positive, seeded
+from ..data.names import check_positive, check_tensors, seeded
 from .convnet import ConvNet, to_float
 from .fast import bite, channels_last, compiled, features
 
@@ -55,7 +55,8 @@ def check_training_set(
     w:Tensor=None,    # weights, to be (n,), finite, not negative; None: not checked
     classes:int=None, # None: the range of the labels is not checked
 ):
-    "Raise a ValueError for a set that no network can be trained on."
+    "Raise a ValueError for a set that no network can be trained on, a TypeError for what is no tensor."
+    check_tensors(images=x, labels=y, weights=w)
     if not len(x): raise ValueError("no images to train on")
     if x.ndim!=4 or x.shape[1]!=3: raise ValueError(f"images must be (n, 3, h, w), got {tuple(x.shape)}")
     if len(y)!=len(x): raise ValueError(f"{len(x)} images but {len(y)} labels")

@@ -176,8 +176,8 @@ def figure(self:Page,
     file = f"{self.name}{'' if self.pictures==1 else f'_{self.pictures}'}.png"
     mark = dict(fontsize=60, color='#c00', alpha=.25, ha='center', va='center', rotation=20)
     if self.smoke: fig.text(.5, .5, 'SMOKE', **mark)
-    write_figure(self.out/file, fig, 120)
-    plt.close(fig)
+    try: write_figure(self.out/file, fig, 120)
+    finally: plt.close(fig)
     self.parts.append(f'![{title or self.name}]({file})')
     return small_copy(self.out/file)
 

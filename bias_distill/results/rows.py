@@ -28,8 +28,10 @@ USUAL = dict(network=None, debiaser='none', factor=None) # plain training, judge
 def frame(
     rows, # list of dicts, as `read_row` gives them; a frame is returned as it is
 )->DataFrame: # a line a row, a column a setting or result; None where a row has nothing
-    "Rows as a DataFrame of Python objects."
+    "Rows as a DataFrame of Python objects. A TypeError for what are no rows."
     if isinstance(rows, DataFrame): return rows
+    if isinstance(rows, (str,dict)) or not all(isinstance(r, dict) for r in rows or ()):
+        raise TypeError(f"rows={rows!r:.80}: expected a DataFrame or a list of dicts, as `read_rows` gives them")
     table = DataFrame([USUAL | r for r in rows], dtype=object)
     table = table.reindex(columns=list(dict.fromkeys([*FIELDS, *MEASURES, *FAIRNESS, *table.columns])))
     return table.astype(object).where(table.notna(), None)

@@ -7,8 +7,8 @@ __all__ = ['FULL', 'SMOKE', 'HALF', 'SCALES', 'SETS', 'UNBIASED', 'PLAINLY', 'TA
            'AMPLIFIERS', 'PICTURED', 'FIRST', 'COMPARED', 'ARCHITECTURES', 'WHOLE', 'NEEDS', 'EVERYBODY', 'HEADLINE',
            'LIKE', 'setting', 'cell_name', 'run_of', 'planned', 'pairs', 'on_whole', 'of_dataset', 'for_amplification',
            'for_faces', 'for_debiasing', 'for_images', 'for_sensitivity', 'for_fairness', 'for_labels', 'judged_by',
-           'for_judges', 'for_nothing', 'for_claims', 'at_one_ratio', 'cells', 'sweep', 'at_hand', 'row_seconds',
-           'estimates', 'estimate']
+           'for_judges', 'for_nothing', 'for_claims', 'at_one_ratio', 'check_axes', 'cells', 'sweep', 'at_hand',
+           'row_seconds', 'estimates', 'estimate']
 
 # %% ../../nbs/results/05_sweep.ipynb #dd9ec7fb
 import functools, hashlib, json
@@ -16,7 +16,7 @@ from pathlib import Path
 from pandas import DataFrame, Series
 from ..data.names import lookup
 from ..experiment.settings import FIELDS, PROFILES, Run, complete
-from ..experiment.tables import DISTILLERS, WEIGHTINGS, ignored
+from ..experiment.tables import DATASETS, DISTILLERS, WEIGHTINGS, ignored
 from ..experiment.watch import read_row
 from ..networks.augment import default_strategy
 from .rows import frame, grid
@@ -232,6 +232,19 @@ EVERYBODY = tuple(name for name in NEEDS if name!='table_bffhq') # notebooks tha
 # %% ../../nbs/results/05_sweep.ipynb #5c40b336
 HEADLINE = pairs([('dm','uniform'), ('dm','kde')], dataset='cmnist', conflict=.05, ipc=(10,50))
 
+def check_axes(
+    datasets,  # names, or None for all
+    *seeds,    # tuples of seeds
+)->tuple:      # the names; of a single one, too
+    "Refuse unknown datasets and what is no seed. A ValueError."
+    datasets = (datasets,) if isinstance(datasets, str) else tuple(datasets or ())
+    for name in datasets: lookup('dataset', name, DATASETS)
+    for o in seeds:
+        if isinstance(o, (tuple,list,range)) and all(type(s) is int and s >= 0 for s in o): continue
+        raise ValueError(f"seeds={o!r}: expected whole numbers from 0 on, such as (0,1,2)")
+    return datasets
+
+# %% ../../nbs/results/05_sweep.ipynb #98d214f5
 def cells(
     name:str,             # a notebook of `NEEDS`
     profile:str='laptop', # of `PROFILES`
@@ -242,6 +255,7 @@ def cells(
     "The runs whose rows a notebook shows. A ValueError for an unknown notebook or profile."
     need = lookup('notebook', name, NEEDS)
     lookup('profile', profile, PROFILES)
+    datasets = check_axes(datasets, seeds, headline)
     wanted = [o for o in need(SCALES[profile]) if not datasets or o['dataset'] in datasets]
     first = dict.fromkeys(planned(profile, **o) for o in wanted)
     often = {planned(profile, **o) for o in HEADLINE}
@@ -249,11 +263,12 @@ def cells(
     return list({cell_name(r): r for r in runs}.values())
 
 def sweep(
-    names=None, # notebooks of `NEEDS`; default: those of `EVERYBODY`
+    names=None, # notebooks of `NEEDS`, or one; default: those of `EVERYBODY`
     **kwargs,   # as `cells` takes them
 )->dict:        # name of a cell -> its run
     "The cells of some notebooks, or of all, each once."
-    return {cell_name(r): r for n in names or EVERYBODY for r in cells(n, **kwargs)}
+    names = [names] if isinstance(names, str) else names or EVERYBODY
+    return {cell_name(r): r for n in names for r in cells(n, **kwargs)}
 
 # %% ../../nbs/results/05_sweep.ipynb #ab857d7c
 def at_hand(
