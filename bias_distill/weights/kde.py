@@ -9,7 +9,6 @@ __all__ = ['log_density', 'by_class', 'class_density', 'weights']
 import math
 import torch
 from torch import Tensor
-from ..data.names import check_tensors
 
 # %% ../../nbs/weights/02_kde.ipynb #9a72e333
 def log_density(
@@ -37,7 +36,6 @@ def by_class(
     y:Tensor, # (n,) integer labels
 )->Tensor:    # (n,) in the order of `z`
     "The results of `f` for each class, put back in place."
-    check_tensors(z=z, y=y)
     if y.shape != z.shape[:1]: raise ValueError(f"y must be ({len(z)},) to match z, got {tuple(y.shape)}")
     out = torch.empty(len(y), device=z.device)
     for k in y.unique(): out[y==k] = f(z[y==k]).to(out)
