@@ -200,8 +200,8 @@ def facts(
     "What a line of `DEFAULTS` can ask about a run."
     way, how, net = WEIGHTINGS[run.weighting], DISTILLERS[run.distiller], NETWORKS[run.network or 'convnet']
     chosen = {k: getattr(run, k) for k in ('profile','dataset','distiller','debiaser','network','weighting')}
-    return chosen | dict(draws=way.draws, finds_variance=way.finds_variance, mlp=net.mlp, debiased=run.debiaser!='none',
-                         distills=how.steps is not None, whole=how.whole)
+    return chosen | dict(draws=way.draws, finds_variance=way.finds_variance, mlp=net.mlp, embeds=net.embeds,
+                         debiased=run.debiaser!='none', distills=how.steps is not None, whole=how.whole)
 
 def holds(
     when:dict,  # fact -> a value, or a tuple of values
@@ -223,8 +223,8 @@ DEFAULTS = [ # (when, values)
         augment='none', encoder_steps=10, encoder_width=8, iterations=4, lr_img=10., batch_real=16, width=8,
         eval_networks=2, eval_epochs=4, eval_batch=64)),
     (dict(profile='laptop'), dict(
-        augment='none', encoder_steps=150, encoder_width=32, iterations=300, lr_img=10., batch_real=256, width=128,
-        eval_networks=3, eval_lr=.03, eval_epochs=few, eval_batch=128)),
+        augment='none', encoder_steps=150, encoder_width=32, iterations=200, lr_img=10., batch_real=256, width=64,
+        eval_width=128, eval_networks=2, eval_lr=.03, eval_epochs=few, eval_batch=128)),
     (dict(profile='paper'), dict(
         encoder_steps=150, encoder_width=32, iterations=20_000, lr_img=1., batch_real=256, width=128,
         eval_networks=20, eval_epochs=1000, eval_batch=256)),
@@ -241,7 +241,7 @@ DEFAULTS += [
     (dict(distiller=GRADIENT), dict(lr_net=.01)),
     (dict(distiller=GRADIENT, profile='smoke'), dict(iterations=2, lr_img=1., outer_steps=2, inner_epochs=1)),
     (dict(distiller=GRADIENT, profile='laptop'), dict(
-        iterations=15, lr_img=3., width=64, eval_width=128, outer_steps=10, inner_epochs=10)),
+        iterations=15, lr_img=3., outer_steps=10, inner_epochs=10, eval_networks=3)),
     (dict(distiller=GRADIENT, profile='paper'), dict(
         iterations=1000, lr_img=.1, outer_steps=outer, inner_epochs=inner)),
     (dict(distiller='dc', profile='paper'), dict(init='noise', eval_epochs=300)),
@@ -252,7 +252,7 @@ DEFAULTS += [
         lr_img=100., experts=2, expert_epochs=3, epoch_steps=2, ahead=1, latest_start=2, student_steps=2,
         lr_net=.05, lr_lr=1e-4)),
     (dict(distiller='mtt', profile='laptop'), dict(
-        iterations=160, lr_img=3000., width=32, eval_width=128, experts=5, expert_epochs=16, epoch_steps=10,
+        iterations=160, lr_img=3000., width=32, experts=5, expert_epochs=16, epoch_steps=10, eval_networks=3,
         ahead=3, latest_start=8, student_steps=10, lr_net=.05, lr_lr=1e-4)),
     (dict(distiller='mtt', profile='paper'), dict(
         iterations=5000, lr_img=1000., init='noise', experts=100, expert_epochs=50, epoch_steps=0, ahead=3,
@@ -271,6 +271,7 @@ DEFAULTS += [
     (dict(profile='laptop', distiller='mtt', dataset='corrupted_cifar10'), dict(lr_img=300., lr_lr=1e-5)),
     (dict(profile='laptop', network='lenet', whole=False), dict(eval_epochs=few_lenet, eval_lr=.01)),
     (dict(mlp=True), dict(eval_width=100)),
+    (dict(embeds=False), dict(eval_width=None)),
     (dict(mlp=True, whole=True, profile=TRAINED), dict(eval_epochs=30)),
     (dict(debiased=True), dict(debias_lr=.001, eval_batch=256)),
     (dict(debiased=True, profile='smoke'), dict(debias_steps=6)),

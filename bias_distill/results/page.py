@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, PIL.Image
 from IPython.display import Image, Markdown
 from fastcore.basics import patch
-from pandas import DataFrame, concat
+from pandas import DataFrame, Series, concat
 from safetensors.torch import load_file
 from ..data.kept import write_atomic, write_figure
 from ..data.names import lookup, unknown
@@ -27,9 +27,10 @@ from ..experiment.watch import read_row
 from . import figures
 from .claims import against_fairdd
 from .rows import (
-    FAIRNESS, MEASURES, average, by_measure, cell, cross, flat, frame, pivot, published, to_markdown)
-from .sweep import (
-    FACE_METHODS, FAIR_METHODS, NEEDS, SCALES, TABLE_METHODS, at_hand, cells, estimates, judged_by, planned, setting)
+    FAIRNESS, MEASURES, average, by_measure, cell, cross, earlier, flat, frame, pivot, published, to_markdown)
+from bias_distill.results.sweep import (
+    FACE_METHODS, FAIR_METHODS, NEEDS, SCALES, TABLE_METHODS, at_hand, cells, estimates, hash_of, judged_by, planned,
+    setting, shown)
 from .tables import by_dataset, by_ipc, by_method, fair_cell, fair_table, grid_table
 
 # %% ../../nbs/results/06_page.ipynb #5eb6ff57
@@ -100,13 +101,15 @@ def missing(
 )->str:           # Markdown
     "Which cells have no row, the commands that make them, and about how long they take."
     if not runs: return ''
-    have = {setting(r) for r in runs} & {o.rsplit('-', 1)[-1] for o in rows.index}
+    have, old = {hash_of(o) for o in rows.index}, {hash_of(o) for o in rows.index[rows.get('earlier', Series(False, rows.index)).astype(bool)]}
     todo = [r for r in runs if setting(r) not in have]
     if not todo: return f'All {len(runs)} cells have a row.'
+    stand_in = sum(setting(earlier(r)) in old for r in todo)
+    marked = f' ({stand_in} more show one of the profile as it was before, marked °)'*bool(stand_in)
     known = [s for s in estimates(todo, rows) if s is not None]
     hours = sum(known)/len(known)*len(todo)/3600 if known else None
     about = f'; about {hours:.1f} hours on the machine that made the others' if known else ''
-    return (f'{len(runs)-len(todo)} of {len(runs)} cells have a row{about}. Each of these makes one that is missing; '
+    return (f'{len(runs)-len(todo)} of {len(runs)} cells have a row{marked}{about}. Each of these makes one that is missing; '
             f'`snakemake {name}` makes them all:\n\n<details><summary>{len(todo)} commands</summary>\n\n```sh\n'
             + '\n'.join(command(r) for r in todo) + '\n```\n\n</details>')
 
@@ -143,8 +146,9 @@ class Page:
         **given,        # settings; the rest is the profile's
     ):                  # frame
         "The rows, one a seed, of a cell."
-        end = setting(planned(self.profile, **given))
-        return self.rows.loc[[o.endswith(end) for o in self.rows.index]]
+        run = planned(self.profile, **given)
+        names = shown(list(self.rows.index), [run])
+        return self.rows.loc[list(names)].assign(earlier=list(names.values()))
 
 # %% ../../nbs/results/06_page.ipynb #e424f60a
 @patch

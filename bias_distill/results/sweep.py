@@ -7,8 +7,8 @@ __all__ = ['FULL', 'SMOKE', 'HALF', 'SCALES', 'SETS', 'UNBIASED', 'PLAINLY', 'TA
            'AMPLIFIERS', 'PICTURED', 'FIRST', 'COMPARED', 'ARCHITECTURES', 'WHOLE', 'NEEDS', 'EVERYBODY', 'HEADLINE',
            'LIKE', 'setting', 'cell_name', 'run_of', 'planned', 'pairs', 'on_whole', 'of_dataset', 'for_amplification',
            'for_faces', 'for_debiasing', 'for_images', 'for_sensitivity', 'for_fairness', 'for_labels', 'judged_by',
-           'for_judges', 'for_nothing', 'for_claims', 'at_one_ratio', 'check_axes', 'cells', 'sweep', 'at_hand',
-           'row_seconds', 'estimates', 'estimate']
+           'for_judges', 'for_nothing', 'for_claims', 'at_one_ratio', 'check_axes', 'cells', 'sweep', 'shown',
+           'hash_of', 'at_hand', 'row_seconds', 'estimates', 'estimate']
 
 # %% ../../nbs/results/05_sweep.ipynb #dd9ec7fb
 import functools, hashlib, json
@@ -19,7 +19,7 @@ from ..experiment.settings import FIELDS, PROFILES, Run, complete
 from ..experiment.tables import DATASETS, DISTILLERS, WEIGHTINGS, ignored
 from ..experiment.watch import read_row
 from ..networks.augment import default_strategy
-from .rows import frame, grid
+from .rows import EARLIER, earlier, frame, grid
 
 # %% ../../nbs/results/05_sweep.ipynb #ae2a0a33
 @functools.cache
@@ -46,8 +46,11 @@ def cell_name(
 def run_of(
     row,    # dict, such as a row; or a line of a frame
 )->Run:     # complete
-    "The run that made a row. An older row lacks what could not be set then, and has what is now the default."
-    return complete(**{k: row[k] for k in FIELDS if row.get(k) is not None})
+    "The run that made a row. An older row lacks what could not be set then, and has what was the default."
+    given = {k: row[k] for k in FIELDS if row.get(k) is not None}
+    run = complete(**given)
+    was = EARLIER.get(run.profile, {})
+    return run.but(**{k: before for k,(now,before) in was.items() if k not in given})
 
 # %% ../../nbs/results/05_sweep.ipynb #58f23851
 @functools.cache
@@ -271,15 +274,33 @@ def sweep(
     return {cell_name(r): r for n in names for r in cells(n, **kwargs)}
 
 # %% ../../nbs/results/05_sweep.ipynb #ab857d7c
+def shown(
+    names:list, # of rows that there are, in order
+    runs:list,  # cells, whatever their seed
+)->dict:        # name -> is it of an earlier profile (`earlier`), which stands in until there is a new one?
+    "Which rows stand for some cells."
+    there = {hash_of(o) for o in names}
+    use = {}
+    for r in runs:
+        now, before = setting(r), setting(earlier(r))
+        use[now if now in there else before] = now not in there and before!=now
+    return {o: use[hash_of(o)] for o in names if hash_of(o) in use}
+
+def hash_of(
+    name:str, # of a cell
+)->str:       # 8 hexadecimal digits
+    "The `setting` in a cell's name."
+    return name.rsplit('-', 1)[-1]
+
 def at_hand(
     folder,         # with rows
     runs:list=None, # only of these, whatever their seed; default: all
 )->DataFrame:       # see `frame`; the index holds the files' names
     "The rows of cells in a folder; none where there is no such folder."
-    settings = None if runs is None else {setting(r) for r in runs}
-    def wanted(path): return settings is None or path.stem.rsplit('-', 1)[-1] in settings
-    files = [p for p in sorted(Path(folder).glob('*.json')) if wanted(p)]
-    return frame([read_row(p) for p in files]).set_axis([p.stem for p in files])
+    files = sorted(Path(folder).glob('*.json'))
+    found = {p.stem: False for p in files} if runs is None else shown([p.stem for p in files], runs)
+    rows = frame([read_row(p) for p in files if p.stem in found])
+    return rows.assign(earlier=list(found.values())).set_axis(list(found))
 
 def row_seconds(
     row,      # dict, or a line of a frame
