@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, PIL.Image
 from IPython.display import Image, Markdown
 from fastcore.basics import patch
-from pandas import DataFrame, Series, concat
+from pandas import DataFrame, concat
 from safetensors.torch import load_file
 from ..data.kept import write_atomic, write_figure
 from ..data.names import lookup, unknown
@@ -30,7 +30,7 @@ from .rows import (
     FAIRNESS, MEASURES, average, by_measure, cell, cross, earlier, flat, frame, pivot, published, to_markdown)
 from bias_distill.results.sweep import (
     FACE_METHODS, FAIR_METHODS, NEEDS, SCALES, TABLE_METHODS, at_hand, cells, estimates, hash_of, judged_by, planned,
-    setting, shown)
+    run_of, setting, shown)
 from .tables import by_dataset, by_ipc, by_method, fair_cell, fair_table, grid_table
 
 # %% ../../nbs/results/06_page.ipynb #5eb6ff57
@@ -47,6 +47,7 @@ def tidy(
     papers = [published(r) or {} for r in rows.to_dict('records')]
     papers = {k: [p.get(name, '') for p in papers] for k,name in (('published','accuracy'), ('source','source'))}
     columns = [*SETTINGS, *measures, 'published', 'source', 'command']
+    papers['command'] = [command(run_of(r)) for r in rows.to_dict('records')] # a row holds that of its time
     return rows.assign(**results, **papers).reindex(columns=columns).to_csv(index=False, lineterminator='\n')
 
 # %% ../../nbs/results/06_page.ipynb #cd84297c
@@ -101,16 +102,16 @@ def missing(
 )->str:           # Markdown
     "Which cells have no row, the commands that make them, and about how long they take."
     if not runs: return ''
-    have, old = {hash_of(o) for o in rows.index}, {hash_of(o) for o in rows.index[rows.get('earlier', Series(False, rows.index)).astype(bool)]}
+    have = {hash_of(o) for o in rows.index}
     todo = [r for r in runs if setting(r) not in have]
     if not todo: return f'All {len(runs)} cells have a row.'
-    stand_in = sum(setting(earlier(r)) in old for r in todo)
-    marked = f' ({stand_in} more show one of the profile as it was before, marked °)'*bool(stand_in)
+    before = sum(setting(earlier(r)) in have for r in todo)
+    marked = f'; {before} others show one of the profile as it was before, marked °'*bool(before)
     known = [s for s in estimates(todo, rows) if s is not None]
     hours = sum(known)/len(known)*len(todo)/3600 if known else None
     about = f'; about {hours:.1f} hours on the machine that made the others' if known else ''
-    return (f'{len(runs)-len(todo)} of {len(runs)} cells have a row{marked}{about}. Each of these makes one that is missing; '
-            f'`snakemake {name}` makes them all:\n\n<details><summary>{len(todo)} commands</summary>\n\n```sh\n'
+    return (f'{len(runs)-len(todo)} of {len(runs)} cells have a row{marked}{about}. '
+            f'Each of these makes one that is missing; `snakemake {name}` makes them all:\n\n<details><summary>{len(todo)} commands</summary>\n\n```sh\n'
             + '\n'.join(command(r) for r in todo) + '\n```\n\n</details>')
 
 # %% ../../nbs/results/06_page.ipynb #a4d1c7e1

@@ -273,7 +273,7 @@ def sweep(
     names = [names] if isinstance(names, str) else names or EVERYBODY
     return {cell_name(r): r for n in names for r in cells(n, **kwargs)}
 
-# %% ../../nbs/results/05_sweep.ipynb #ab857d7c
+# %% ../../nbs/results/05_sweep.ipynb #7ab7d6a0
 def shown(
     names:list, # of rows that there are, in order
     runs:list,  # cells, whatever their seed
@@ -292,6 +292,7 @@ def hash_of(
     "The `setting` in a cell's name."
     return name.rsplit('-', 1)[-1]
 
+# %% ../../nbs/results/05_sweep.ipynb #ab857d7c
 def at_hand(
     folder,         # with rows
     runs:list=None, # only of these, whatever their seed; default: all
