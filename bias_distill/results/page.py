@@ -111,7 +111,8 @@ def missing(
     hours = sum(known)/len(known)*len(todo)/3600 if known else None
     about = f'; about {hours:.1f} hours on the machine that made the others' if known else ''
     return (f'{len(runs)-len(todo)} of {len(runs)} cells have a row{marked}{about}. '
-            f'Each of these makes one that is missing; `snakemake {name}` makes them all:\n\n<details><summary>{len(todo)} commands</summary>\n\n```sh\n'
+            f'Each of these makes one that is missing; `snakemake {name}` makes them all:\n\n'
+            f'<details><summary>{len(todo)} commands</summary>\n\n```sh\n'
             + '\n'.join(command(r) for r in todo) + '\n```\n\n</details>')
 
 # %% ../../nbs/results/06_page.ipynb #a4d1c7e1

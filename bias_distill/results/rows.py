@@ -123,7 +123,7 @@ def cell(
     what:str='accuracy', # which measure
     digits:int=1,        # after the point
 )->str:                  # 'mean ± spread (n seeds)', or (n networks) of a single seed
-    "Mean and standard deviation of a measure, and of how many (° by an earlier profile); a dash where there is nothing."
+    "Mean and standard deviation of a measure, and of how many (° by an earlier profile); a dash for nothing."
     values = measured(rows, what)
     if not len(values): return '–'
     if not isinstance(values.iloc[0], list): return f'{values.mean():.{digits}f}'
