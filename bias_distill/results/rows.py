@@ -89,13 +89,14 @@ def is_plain(
 def plain(
     rows,      # frame, or list of dicts
 )->DataFrame:  # with a column `earlier`
-    "The rows whose settings are all their profile's own; of a cell without any, those of the profile as it was before."
+    "The rows whose settings are all their profile's own; or of a cell with more of these, those of the profile as it was."
     rows = frame(rows)
     def those(before): return Series([is_plain(r, before) for r in rows.to_dict('records')], rows.index, dtype=bool)
     now = those(before=False)
     rows = rows.assign(earlier=~now).loc[now | those(before=True)]
     cells = Series([str([r[k] for k in VARY if k!='seed']) for r in rows.to_dict('records')], rows.index, dtype=object)
-    return rows.loc[~(rows.earlier & cells.isin(cells[~rows.earlier]))]
+    new, old = (cells.map(cells[o].value_counts()).fillna(0) for o in (~rows.earlier, rows.earlier))
+    return rows.loc[rows.earlier==(old > new)]
 
 # %% ../../nbs/results/01_rows.ipynb #e4812f4b
 def one_a_seed(

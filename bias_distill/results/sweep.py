@@ -12,6 +12,7 @@ __all__ = ['FULL', 'SMOKE', 'HALF', 'SCALES', 'SETS', 'UNBIASED', 'PLAINLY', 'TA
 
 # %% ../../nbs/results/05_sweep.ipynb #dd9ec7fb
 import functools, hashlib, json
+from collections import Counter
 from pathlib import Path
 from pandas import DataFrame, Series
 from ..data.names import lookup
@@ -277,13 +278,13 @@ def sweep(
 def shown(
     names:list, # of rows that there are, in order
     runs:list,  # cells, whatever their seed
-)->dict:        # name -> is it of an earlier profile (`earlier`), which stands in until there is a new one?
+)->dict:        # name -> is it of the profile as it was (`earlier`)? That stands in until there are as many new ones
     "Which rows stand for some cells."
-    there = {hash_of(o) for o in names}
-    use = {}
+    seeds, use = Counter(map(hash_of, names)), {}
     for r in runs:
         now, before = setting(r), setting(earlier(r))
-        use[now if now in there else before] = now not in there and before!=now
+        old = seeds[before] > seeds[now]
+        use[before if old else now] = old
     return {o: use[hash_of(o)] for o in names if hash_of(o) in use}
 
 def hash_of(
