@@ -11,7 +11,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')   # a worker per core (pytest.ini)
 
 LIMIT = 3600   # seconds after which something hangs for ever: no test fails for being slow
 
-SHARED = {'digits','finished','killed','refusals','run','site','undisturbed'}   # made once for all tests of a file
+SHARED = {'digits','finished','killed','mine','refusals','run','site','undisturbed'}   # made once for all tests of a file
 
 def pytest_collection_modifyitems(items):
     "Tests that share something costly go to one worker."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEEN', 'MADE', 'TRAINED', 'EXPERT', 'RESULT', 'STAGES', 'WEIGHED', 'NAMED', 'ALWAYS', 'CHOSEN', 'stage_key',
-           'run_key', 'total_steps', 'side_by_side', 'settings_of', 'arguments', 'command', 'check_apart', 'writable',
-           'Store']
+           'run_key', 'total_steps', 'side_by_side', 'settings_of', 'arguments', 'command', 'reading_code',
+           'check_apart', 'writable', 'Store']
 
 # %% ../../nbs/experiment/05_store.ipynb #496f4244
 import hashlib, json
@@ -101,6 +101,21 @@ def command(
 )->str:      # a line for a shell
     "The command that makes a run's row. Where one's own data lies is left to fill in."
     return f"papermill nbs/run.ipynb out.ipynb {arguments(run)}{' -p data_dir DIR'*DATASETS[run.dataset].own}"
+
+# %% ../../nbs/experiment/05_store.ipynb #72d19c41
+def reading_code(
+    file,       # of images, as the code is to name it
+    inputs:dict, # of a row: how a network must see them
+)->str:         # lines of Python
+    "Code that reads distilled images as networks must see them."
+    def exact(numbers): return '['+', '.join(f'{o:.9g}' for o in numbers)+']'
+    side = inputs['size']
+    opened = [inputs['opening']] if inputs.get('factor') else []
+    return '\n'.join([
+        'import torch', 'from safetensors.torch import load_file', f's = load_file({str(file)!r})',
+        f"x, y = s['x'], s['y']    # (n, 3, {side}, {side}) floats in 0 to 1, and labels", *opened,
+        f"mean, std = torch.tensor({exact(inputs['mean'])}), torch.tensor({exact(inputs['std'])})",
+        'x = (x-mean.view(3,1,1))/std.view(3,1,1)    # test images too'])
 
 # %% ../../nbs/experiment/05_store.ipynb #b5a421be
 def check_apart(
