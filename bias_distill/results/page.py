@@ -122,7 +122,7 @@ def made_on(
     "On which machines rows were computed, and how, in a sentence."
     kinds = frame(rows).reindex(columns=['device','how'])
     how = kinds.how.map(lambda o: f' ({o})' if isinstance(o, str) else '')   # rows of format 1 do not say
-    counts = (kinds.device.fillna('a machine that they do not name') + how).value_counts()
+    counts = (kinds.device.astype(object).fillna('a machine that they do not name') + how).value_counts()
     return f"Rows by machine: {'; '.join(f'{n} on {name}' for name,n in counts.items())}."*bool(len(kinds))
 
 # %% ../../nbs/results/06_page.ipynb #cc9f6226

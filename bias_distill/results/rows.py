@@ -89,7 +89,7 @@ def is_plain(
 def plain(
     rows,      # frame, or list of dicts
 )->DataFrame:  # with a column `earlier`
-    "The rows whose settings are all their profile's own; or of a cell with more of these, those of the profile as it was."
+    "The rows whose settings are all their profile's own; or, where there are more of these, its own as it was."
     rows = frame(rows)
     def those(before): return Series([is_plain(r, before) for r in rows.to_dict('records')], rows.index, dtype=bool)
     now = those(before=False)
