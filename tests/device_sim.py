@@ -226,7 +226,7 @@ def driver(g, bfloat16)->list: # of (object, its functions) to replace
     def start_anew(): g.peak = g.now
     if g.kind == 'mps': return [(torch.backends.mps, dict(is_available=lambda: True)),
                                 (torch.mps, dict(synchronize=asks(lambda: None), driver_allocated_memory=asks(lambda: g.now)))]
-    return [(torch.cuda, dict(
+    return [(Tensor, dict(pin_memory=lambda x, *args: x)), (torch.cuda, dict(
         is_available=lambda: True, device_count=lambda: 1+g.name.index, current_device=lambda: 0, empty_cache=lambda: None,
         synchronize=asks(lambda: None), reset_peak_memory_stats=asks(start_anew), max_memory_allocated=asks(lambda: g.peak),
         is_bf16_supported=lambda *a, **k: bfloat16, get_device_name=asks(lambda: 'Simulated GPU'),

@@ -14,7 +14,7 @@ from ..data.kept import load_tensors, locked, save_tensors, write_figure
 from ..data.names import seeded
 from ..data.split import Split, show_grid
 from ..distill.factor import check_factor, held, opening, unpack
-from ..distill.images import apart, joined, labelled, start
+from ..distill.images import apart, joined, labelled, settle, start
 from ..distill.mtt import train_experts
 from .judge import evaluate
 from .settings import Run, complete
@@ -262,7 +262,8 @@ def _together(self:Experiment, runs, states, save_every):
             while joint['t'] < total:
                 next(steps)
                 b.update()
-                if time.monotonic() >= end: return
+                if time.monotonic() >= end: break
+            settle(joint)
     steps = self._steps(runs, joint, states)
     with bar(total, 'distill', joint['t']) as b:
         while joint['t'] < total:
