@@ -17,13 +17,16 @@ from bias_distill.data.kept import load_tensors
 from bias_distill.data.names import seeded
 from bias_distill.distill import dm
 from bias_distill.distill.images import joined
+from bias_distill.experiment import judge
 from bias_distill.experiment.experiment import Experiment
 from bias_distill.experiment.settings import complete
 from bias_distill.experiment.tables import DATASETS, DISTILLERS, Dataset
 from bias_distill.networks.advance import prefetched
 from bias_distill.networks.augment import augment
+from bias_distill.networks.convnet import network_for
 from bias_distill.networks.device import repeatable
-from bias_distill.networks.fast import compiled
+from bias_distill.networks.fast import channels_last, compiled
+from bias_distill.networks.training import batch_loss, kept_bytes
 from device_sim import simulated
 
 KINDS = ('cuda', 'mps')
@@ -161,6 +164,56 @@ def killed_and_resumed(runs, kind, tmp_path):
 def test_each_judge(name, kind, tmp_path):
     given = dict(distiller='random', weighting='uniform', debias_steps=2 if JUDGES[name].get('debiaser') else None) | JUDGES[name]
     with simulated(kind): assert finite(finish(Experiment(run(**given), out_dir=tmp_path, device=kind)))
+
+# -- networks that are judged in several crowds
+
+FOUR = dict(distiller='random', weighting='uniform', eval_networks=4, eval_batch=8)
+
+def parameters_of_each(monkeypatch, out_dir, device='cpu', **given):
+    "The row, and parameters (4, ...) of the networks that were judged, in their order."
+    seen, predict = [], judge.predict
+    def looks(net, *args):
+        seen.append([p.detach().cpu().clone().unflatten(0, (net.members,-1)) for p in net.parameters()])
+        return predict(net, *args)
+    with monkeypatch.context() as m:
+        m.setattr(judge, 'predict', looks)
+        row, = finish(Experiment(run(**FOUR | given), out_dir=out_dir, device=device))
+    return row, [torch.cat(o) for o in zip(*seen)]
+
+@pytest.mark.parametrize('debiaser', ['none','erm','selecmix','dfa'])
+def test_a_network_is_the_same_in_every_crowd(debiaser, tmp_path, monkeypatch):
+    "On the CPU, to the last bit, in crowds of two and more, where a batch is one bite."
+    given = dict(debiaser=debiaser, debias_steps=None if debiaser == 'none' else 3)
+    row, whole = parameters_of_each(monkeypatch, tmp_path/'a', **given)
+    with monkeypatch.context() as m:
+        m.setattr(judge, 'crowds', lambda *args: [range(2), range(2, 4)])
+        split, parts = parameters_of_each(monkeypatch, tmp_path/'b', **given)
+    assert all(torch.equal(a, b) for a,b in zip(whole, parts)) and len(whole) == len(parts) > 5
+    assert split['accuracy'] == row['accuracy'] and split['crowds'] == [2, 2] and 'crowds' not in row
+    assert split.get('best_on_validation') == row.get('best_on_validation') and len({o.sum().item() for o in whole[0]}) == 4
+
+def test_a_small_card_holds_fewer_networks(tmp_path, monkeypatch):
+    "What two networks keep, times three, is the memory of the card."
+    row, whole = parameters_of_each(monkeypatch, tmp_path/'a')
+    pair = judge.evaluation_networks(run(**FOUR), torch.empty(1, 3, 28, 28), 10, numbers=range(2))
+    for share,crowds in ((1, [2, 2]), (.3, [2, 2]), (2.1, None)):
+        with simulated(memory=int(share*judge.SHARE*kept_bytes(pair, 8, 28))+99):
+            on_card, parts = parameters_of_each(monkeypatch, tmp_path/str(share), 'cuda')
+        assert on_card.get('crowds') == crowds and on_card['accuracy'] == row['accuracy']
+        assert all(torch.equal(a, b) for a,b in zip(whole, parts))
+
+def test_what_a_step_keeps_is_what_is_counted():
+    "The simulated GPU's live bytes between forwards and backwards, and at most."
+    with simulated() as g:
+        net, n = network_for(torch.zeros(1, 3, 28, 28, device='cuda').byte(), 16, 10, 3), 64
+        x, y, w = torch.rand(n, 3, 28, 28).cuda(), torch.zeros(n).long().cuda(), torch.ones(n).cuda()
+        counted = kept_bytes(net, n, 28)
+        before = g.now
+        g.reset()
+        loss = batch_loss(net, channels_last(x), y, w)
+        kept = g.now-before
+        loss.backward()
+    assert abs(kept-counted) < .05*counted and kept < g.peak-before < judge.SHARE*counted
 
 # -- which device
 

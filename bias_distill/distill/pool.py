@@ -21,19 +21,21 @@ from ..weights.weighting import class_index, draw_batch, draws_of
 from .dm import dm_gradients, features_of_draws, once, weighted_mean
 from .factor import opened
 from .images import commit, moved, settle
+from .mtt import trajectories_of
 
 # %% ../../nbs/distill/07_pool.ipynb #eaf68607
 def blended(
-    shots:dict, # parameter name -> (members, snapshots, ...), from `train_experts`
+    shots,      # `Trajectories`, or what `train_experts` returned
     k:int,      # which member
     l:float,    # share of its start, 0 to 1; at 0 the member as it was trained
 )->dict:        # parameter name -> (...), on the CPU
     "The parameters of a partly trained member: between its first and its last snapshot."
-    return {n: torch.lerp(v[k,-1], v[k,0], l) for n,v in shots.items()}
+    first, last = (trajectories_of(shots).at(k, t) for t in (0,-1))
+    return {n: torch.lerp(last[n], first[n], l) for n in first}
 
 def blend(
     net:ConvNet, # changed in place
-    shots:dict,  # as `blended` takes them
+    shots,       # as `blended` takes them
     k:int,       # which member
     l:float,     # share of its start, 0 to 1
 )->ConvNet:      # `net`
@@ -177,8 +179,8 @@ def _alike(weightings):
 
 def _member(shots, l, seed, t):
     "The member of step `t` at its age, and trained."
-    k = torch.randint(len(shots['weight']), (), generator=seeded(seed,'pool',t,'member')).item()
-    return blended(shots, k, l), {n: v[k,-1] for n,v in shots.items()}
+    k = torch.randint(len(shots), (), generator=seeded(seed,'pool',t,'member')).item()
+    return blended(shots, k, l), shots.at(k, -1)
 
 def _draws(frequencies, index, ways, batch, most, pools, strategy, steps, seed):
     "What each step draws: frequencies (T, f), augmentation; for each pool its member and its real images."
@@ -214,7 +216,7 @@ def pool(
     classes:int=10,       # number of classes
     compile:bool=True,    # False for short runs
     *,
-    trajectories:dict,    # weighting name -> what `train_experts` returned: the pool
+    trajectories:dict,    # weighting name -> the pool: `Trajectories`, or what `train_experts` returned
     metric:str='mean',    # of `METRICS`
     calibration:float=1., # weight of the cross-entropy under the trained member; 0: none
     factor:int=1,         # images along a side of a stored one (`06_factor`)
@@ -224,7 +226,7 @@ def pool(
     _check_pool(metric, calibration)
     m, index = Matcher(split.x, width, classes, metric, compile), class_index(split.y.cpu(), classes)
     scale, groups, ways = m.net.std.pow(2), _alike(weightings), draws_of(weightings)
-    pools, ways = [trajectories[w.name] for w,*_ in groups], [ways[id(w.p)] for w,*_ in groups]
+    pools, ways = [trajectories_of(trajectories[w.name]) for w,*_ in groups], [ways[id(w.p)] for w,*_ in groups]
     draws = _draws((m.metric.frequencies, m.net.features), index, ways, batch, 512 if split.x.is_cuda else 64, pools,
                    strategy, range(state['t'], iterations), seed)
     for drawn in in_advance(draws, split.x.device):

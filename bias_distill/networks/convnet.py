@@ -71,7 +71,7 @@ class Classifier(nn.Module):
         std,          # of each of 3 channels, in image range
     ):
         super().__init__()
-        self.classes, self.features, self.members = classes, features, members
+        self.classes, self.features, self.members, self.numbers = classes, features, members, range(members)
         set_units(self, mean, std)
         self.weight = nn.Parameter(torch.empty(members, features, classes))
         self.bias = nn.Parameter(torch.empty(members, 1, classes))
