@@ -10,6 +10,7 @@ Not seen: rounding, the order of sums, how much memory there is, what `torch.com
 import contextlib, functools, sys, weakref
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 import torch, torchgen, yaml
 import torch._dynamo # loaded later, under the simulation, it would look into functions that are replaced there
@@ -59,8 +60,8 @@ def varies(name, args):
 
 class Device:
     "What the simulated GPU holds, and what it was seen to do."
-    def __init__(self, name):
-        self.name = torch.device(name) if ':' in name else torch.device(name, 0)
+    def __init__(self, name, memory):
+        self.name, self.memory = torch.device(name) if ':' in name else torch.device(name, 0), memory
         self.kind, self.on, self.neutral, self.owner = self.name.type, WeakIdKeyDictionary(), WeakIdKeyDictionary(), False
         self.ops, self.syncs, self.moves = Counter(), Counter(), Counter() # operations; waits and copies by place
         self.named, self.asked, self.now, self.peak = set(), [], 0, 0      # devices by name; questions to the driver; bytes
@@ -108,6 +109,7 @@ class Below(TorchDispatchMode):
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         g, kwargs, name = self.gpu, kwargs or {}, f.overloadpacket.__name__
         given = tensors((args, kwargs))
+        if any(t.is_meta for t in given) or str(kwargs.get('device')) == 'meta': return f(*args, **kwargs)
         here, free = [t for t in given if g.has(t)], [t for t in given if g.is_neutral(t)]
         there = [t for t in given if not g.has(t) and not g.is_neutral(t)]
         if here:
@@ -183,6 +185,8 @@ class Above(TorchFunctionMode):
         if name == 'tolist' and g.has(x): g.wait(name)
         if name == '__deepcopy__': return g.put(f(*args, **kwargs)) if g.has(x) else f(*args, **kwargs)
         if f in (Tensor.cpu, Tensor.cuda): return self.move(x, name != 'cpu')
+        if any(isinstance(o, (str, torch.device)) and torch.device(o).type == 'meta' for o in (*args[1:2], kwargs.get('device'))):
+            return f(*args, **kwargs)                          # has no numbers, and no place
         if f is Tensor.to: return self.to(x, *args[1:], **kwargs)
         return f(*args, **kwargs) if kwargs.get('device') is None else self.made(f, name, args, kwargs)
 
@@ -225,20 +229,22 @@ def driver(g, bfloat16)->list: # of (object, its functions) to replace
         return f
     def start_anew(): g.peak = g.now
     if g.kind == 'mps': return [(torch.backends.mps, dict(is_available=lambda: True)),
-                                (torch.mps, dict(synchronize=asks(lambda: None), driver_allocated_memory=asks(lambda: g.now)))]
-    return [(torch.cuda, dict(
+                                (torch.mps, dict(synchronize=asks(lambda: None), driver_allocated_memory=asks(lambda: g.now),
+                                                 recommended_max_memory=lambda: g.memory))]
+    return [(Tensor, dict(pin_memory=lambda x, *args: x)), (torch.cuda, dict(
         is_available=lambda: True, device_count=lambda: 1+g.name.index, current_device=lambda: 0, empty_cache=lambda: None,
         synchronize=asks(lambda: None), reset_peak_memory_stats=asks(start_anew), max_memory_allocated=asks(lambda: g.peak),
-        is_bf16_supported=lambda *a, **k: bfloat16, get_device_name=asks(lambda: 'Simulated GPU'),
+        get_device_properties=asks(lambda: SimpleNamespace(total_memory=g.memory)), is_bf16_supported=lambda *a, **k: bfloat16, get_device_name=asks(lambda: 'Simulated GPU'),
         get_device_capability=lambda *a: (9, 0)))]
 
 @contextlib.contextmanager
 def simulated(
     name='cuda',   # 'cuda', 'cuda:1' (then there are two), 'mps'
     bfloat16=True, # has the GPU it?
+    memory=80*2**30, # bytes that it says to have; it holds more
 ):                 # yields a `Device`
     "A machine with a GPU."
-    g, optimizer = Device(name), torch.optim.Optimizer
+    g, optimizer = Device(name, memory), torch.optim.Optimizer
     with contextlib.ExitStack() as s:
         for o,functions in driver(g, bfloat16):
             for k,f in functions.items(): s.enter_context(patch.object(o, k, f))

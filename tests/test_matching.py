@@ -1,6 +1,7 @@
 "Gradient and trajectory matching: their gradients are derivatives, a killed run ends like an undisturbed one, a diverging one keeps what it had."
 import copy, json, math, subprocess, sys
 from dataclasses import replace
+from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from conftest import LIMIT
 from safetensors.torch import load_file
@@ -10,8 +11,9 @@ from bias_distill.distill.dsa import distance, gradients, image_gradients, param
 from bias_distill.networks.convnet import logits
 from bias_distill.experiment.tables import DISTILLERS
 from bias_distill.experiment.settings import complete
-from bias_distill.data.kept import load_tensors
-from bias_distill.distill.mtt import steps, trajectory_gradients
+from bias_distill.data.kept import load_tensors, save_tensors
+from bias_distill.distill.mtt import Trajectories, steps, trajectory_gradients
+from bias_distill.experiment.watch import peak_memory
 from bias_distill.networks.convnet import ConvNet
 from test_run import ROOT, environment, finish, job, results
 
@@ -151,8 +153,22 @@ def test_experts_in_crowds(monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, 'CROWD', 2)
     e = job(complete(**RUN['mtt'], experts=3), out_dir=str(tmp_path), compare=False); e.look(); e.weigh()
     shots, _ = e._experts(e.run)
-    assert len(list(tmp_path.glob('stages/experts*'))) == 2 and shots['weight'].shape[:2] == (3, e.run.expert_epochs+1)
-    starts = shots['convs.0.weight'][:,0]; assert not torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[1])
+    assert len(list(tmp_path.glob('stages/experts*'))) == 2 and (len(shots), shots.snapshots) == (3, e.run.expert_epochs+1)
+    starts = [shots.at(k, 0)['convs.0.weight'] for k in range(3)]; assert not torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[1])
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='only Linux tells the peak since a moment')
+def test_experts_stay_in_their_files(tmp_path):
+    "Of 160 MB a walk holds one snapshot at a time; read as a whole, the same files take all of it."
+    files = [tmp_path/f'{k}.safetensors' for k in range(2)]
+    for f in files: save_tensors(f, {n: torch.rand(2, 10, 500_000) for n in ('weight','bias')})
+    def grown(f):
+        Path('/proc/self/clear_refs').write_text('5'); before = peak_memory(); f()
+        return peak_memory()-before
+    def walk():
+        shots = Trajectories(files)
+        for e in range(4):
+            for t in (0, 3, 9): assert {k: v.shape for k,v in shots.at(e, t).items()} == dict(weight=(500_000,), bias=(500_000,))
+    assert grown(walk) < 20 and grown(lambda: [{k: v.clone() for k,v in load_tensors(f)[0].items()} for f in files]) > 140
 
 @pytest.mark.parametrize('distiller,bad,word', [('dsa', dict(lr_net=1e38), 'lr_net (1e+38)'), ('dc', dict(lr_net=1e38), 'lr_net (1e+38)'), ('mtt', dict(lr_lr=1e38, student_steps=1), 'or lr_lr (1e+38)')])
 def test_divergence_stops_and_keeps_the_last_good_state(distiller, bad, word, tmp_path):

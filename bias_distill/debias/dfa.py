@@ -67,9 +67,9 @@ def _largest(t, y, classes):
     return t.new_zeros(len(t), classes).scatter_reduce_(1, y.expand_as(t), t, 'amax').clamp_(min=1e-30)
 
 # %% ../../nbs/debias/02_dfa.ipynb #9a133c10
-def _heads(f, classes, like, members, seed):
+def _heads(f, classes, like, numbers, seed):
     "Weights and biases of the two heads on `f` features, of the type and device of `like`."
-    g = [seeded(seed, 'dfa', i, 'heads') for i in range(members)]
+    g = [seeded(seed, 'dfa', i, 'heads') for i in numbers]
     def line(*shape):
         drawn = torch.stack([torch.empty(shape).uniform_(-1, 1, generator=o) for o in g])
         return nn.Parameter(drawn.to(like)/f**.5)
@@ -88,9 +88,9 @@ class Disentangled(nn.Module):
         self.l, self.b = new(1), new(1)
         self.members = self.l.members
         for k,e in dict(l=self.l, b=self.b).items():
-            e.reset([seeded(seed, 'dfa', i, k) for i in range(self.members)])
+            e.reset([seeded(seed, 'dfa', i, k) for i in e.numbers])
             for p in (e.weight, e.bias): p.requires_grad_(False)               # their own heads have no part
-        heads = _heads(2*self.l.features, classes, self.l.weight, self.members, seed)
+        heads = _heads(2*self.l.features, classes, self.l.weight, self.l.numbers, seed)
         for name,p in heads.items(): self.register_parameter(name, p)
 
 # %% ../../nbs/debias/02_dfa.ipynb #473cff8b

@@ -84,7 +84,7 @@ class Contrast:
         seed:int,      # names how the network starts
     ):
         net = new(128)
-        self.net = net.reset([seeded(seed, 'selecmix', i, 'contrast') for i in range(net.members)]).train()
+        self.net = net.reset([seeded(seed, 'selecmix', i, 'contrast') for i in net.numbers]).train()
         self.opt = torch.optim.Adam(net.parameters(), lr=lr, weight_decay=1e-4)
         self.embed = compiled(net, compile)
 
@@ -160,7 +160,7 @@ def selecmix(
     check_training_set(x, y, None, classes)
     check_positive(steps=steps, lr=lr, batch=batch, big=big, lr_contrast=lr_contrast)
     net = new(classes)
-    net.reset([seeded(seed, 'selecmix', i, 'classifier') for i in range(net.members)]).train()
+    net.reset([seeded(seed, 'selecmix', i, 'classifier') for i in net.numbers]).train()
     opt, loss = torch.optim.Adam(net.parameters(), lr=lr), compiled(own_loss, compile)
     c = Contrast(aux or new, lr_contrast, compile, seed)
     for t,(xb,yb) in zip(range(steps), mini_batches(c, x, y, big, batch, augment, seed)):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOPS', 'by_output', 'distance', 'parameters', 'by_row', 'gradients', 'blocks', 'real_gradients', 'augment_classes',
-           'image_gradients', 'loops', 'train_a_little', 'dsa', 'dc']
+           'image_gradients', 'loops', 'training_plan', 'train_a_little', 'dsa', 'dc']
 
 # %% ../../nbs/distill/03_dsa.ipynb #77f31c3f
 import torch, torch.nn.functional as F
@@ -13,13 +13,14 @@ from torch.func import grad, grad_and_value, vmap
 from torch.utils._pytree import tree_map
 from ..data.names import check_positive, seeded
 from ..data.split import Split
+from ..networks.advance import in_advance
 from ..networks.augment import augment, draw, parse
 from ..networks.convnet import logits, network_for, to_float
 from ..networks.fast import bite, channels_last, compiled
 from ..networks.training import batch_loss, chunks, step
-from ..weights.weighting import class_index, draw_batch
-from .factor import opened, unpack
-from .images import check_finite, commit, moved
+from ..weights.weighting import class_index, draw_batch, draws_of
+from .factor import held, opened, unpack
+from .images import check_finite, commit, moved, settle
 
 # %% ../../nbs/distill/03_dsa.ipynb #0d4d86e7
 def by_output(
@@ -150,46 +151,64 @@ def loops(
     return (100, 10) if ipc > 50 else (ipc, round(500/ipc))
 
 # %% ../../nbs/distill/03_dsa.ipynb #be3a443e
-def train_a_little(
-    net,            # `ConvNet`, trained in place
-    syn:Tensor,     # (C, m, 3, h, w) synthetic images, 0 to 1
+def training_plan(
+    n:int,          # images
     epochs:int,     # passes over them
-    lr:float,       # learning rate
     strategy:str,   # augmentation of the batches, as `parse` reads it
-    loss,           # `batch_loss`, compiled or not
     *,
     generator,      # of the order and of the augmentation
     batch:int=256,  # images a step, at most
+)->list:            # of (indices, augmentation), one a step
+    "Indices and augmentation of each step of `train_a_little`."
+    plan = []
+    for _ in range(epochs):
+        for i in chunks(torch.randperm(n, generator=generator), batch):
+            plan.append((i, draw(strategy, len(i), generator=generator, siamese=False)))
+    return plan
+
+def train_a_little(
+    net,        # `ConvNet`, trained in place
+    syn:Tensor, # (C, m, 3, h, w) synthetic images, 0 to 1
+    plan:list,  # from `training_plan`, on the device of `syn`
+    lr:float,   # learning rate
+    loss,       # `batch_loss`, compiled or not
 ):
     "Train `net` in place on synthetic images by plain SGD."
     x, y = syn.flatten(0,1), _labels(syn).flatten()
     opt = torch.optim.SGD(net.parameters(), lr=lr, foreach=True)
     w, most = torch.ones(len(y), device=y.device), 2048 if x.is_cuda else 64
-    for _ in range(epochs):
-        for i in chunks(torch.randperm(len(y), generator=generator).to(y.device), batch):
-            a = augment(x[i], draw(strategy, len(i), generator=generator, siamese=False)) if parse(strategy) else x[i]
-            step(net, opt, loss, a, y[i], w[i], most)
+    for i,params in plan: step(net, opt, loss, augment(x[i], params), y[i], w[i], most)
 
 # %% ../../nbs/distill/03_dsa.ipynb #1aa901e6
-def _recall(net, state, name, t, outer_steps, seed):
-    "The network of this step: fresh at the start of an iteration, the same for all; else the one kept under `name`."
-    if t%outer_steps==0: net.reset(seeded(seed, 'dsa', t, 'net'))
+def _recall(net, state, name, fresh):
+    "The network of this step: at the start of an iteration with the parameters `fresh`, the same for all; else its own."
+    if fresh: net.take(fresh)
     else: net.load_state_dict(state['own'][name], strict=False)
 
 def _kept(net, name, t, lr):
-    "The network's parameters, to go on with."
+    "The network's parameters, to go on with; what is in doubt about them."
     own = {k: v.detach().clone() for k,v in net.named_parameters()}
-    check_finite(own, f"after step {t}, the network trained on {name!r} is", f'lower lr_net ({lr})')
-    return own
+    what = f"after step {t}, the network trained on {name!r} is"
+    return own, check_finite(own, what, f'lower lr_net ({lr})')
+
+# %% ../../nbs/distill/03_dsa.ipynb #8e754f89
+def _draws(net, index, ways, batch, sizes, strategy, classes, outer_steps, epochs, steps, seed):
+    "What each step draws; the plan of the training for each number of images in `sizes`."
+    for t in steps:
+        def named(*what): return seeded(seed, 'dsa', t, *what)
+        fresh = net.drawn(named('net')) if t%outer_steps==0 else None
+        augs = (draw(strategy, 1, generator=named('augment',c), siamese=True) for c in range(classes))
+        params = list(augs) if parse(strategy) else None
+        real = [draw_batch(index, batch, p, generator=named('real')) for p in ways]
+        last = (t+1)%outer_steps==0
+        plans = {n: training_plan(n, epochs, strategy, generator=named('inner')) for n in sizes if not last}
+        yield fresh, params, real, plans
 
 # %% ../../nbs/distill/03_dsa.ipynb #90b9159f
-def _reals(split, index, weightings, batch, params, named):
+def _reals(split, weightings, real, params):
     "For each weighting, name -> (indices (C, batch), augmented real images); those that draw alike share one batch."
-    drawn = {}
-    for w in weightings:
-        if id(w.p) in drawn: continue
-        i = draw_batch(index, batch, w.p, generator=named('real'))
-        drawn[id(w.p)] = i, augment_classes(split.x[i], params)
+    ways = dict.fromkeys(id(w.p) for w in weightings)
+    drawn = {k: (i, augment_classes(split.x[i], params)) for k,i in zip(ways, real)}
     return {w.name: drawn[id(w.p)] for w in weightings}
 
 def _match(net, fs, i, x, w, stored, params, scale, most, factor=1):
@@ -201,31 +220,31 @@ def _match(net, fs, i, x, w, stored, params, scale, most, factor=1):
 
 # %% ../../nbs/distill/03_dsa.ipynb #d391a72b
 def _tools(split, width, classes, compile):
-    "What all steps use: network, indices of each class, variances of the channels, functions, images in a bite."
+    "What all steps use: network, variances of the channels, functions, images in a bite."
     net, most = network_for(split.x, width, classes), 2048 if split.x.is_cuda else 16
-    index, scale = class_index(split.y, classes), net.std.pow(2)
-    return net, index, scale, gradients(net, compile), compiled(batch_loss, compile), most
+    return net, net.std.pow(2), gradients(net, compile), compiled(batch_loss, compile), most
 
-def _moves(tools, split, weightings, state, t, batch, strategy, classes, outer_steps, seed, factor=1):
-    "Loss and scaled gradient of each weighting's images at step `t`."
-    net, index, scale, fs, _, most = tools
-    def named(*what): return seeded(seed, 'dsa', t, *what)
-    draws = (draw(strategy, 1, generator=named('augment',c), siamese=True) for c in range(classes))
-    params = list(draws) if parse(strategy) else None
-    reals, moves = _reals(split, index, weightings, batch, params, named), {}
+def _moves(tools, split, weightings, state, drawn, factor=1):
+    "Loss and scaled gradient of each weighting's images, with what the step has drawn."
+    net, scale, fs, _, most = tools
+    fresh, params, real, _ = drawn
+    reals, moves = _reals(split, weightings, real, params), {}
     for w in weightings:
-        _recall(net, state, w.name, t, outer_steps, seed)
+        _recall(net, state, w.name, fresh)
         moves[w.name] = _match(net, fs, *reals[w.name], w, state['x'][w.name], params, scale, most, factor)
     return moves
 
-def _trained(tools, state, new, t, outer_steps, epochs, lr, strategy, seed, factor=1):
-    "Parameters of each weighting's network after training on its new images."
-    net, loss, own = tools[0], tools[4], {}
+def _trained(tools, state, new, drawn, lr, factor=1):
+    "Parameters of each weighting's network after training on its new images; what is in doubt about them."
+    (net, _, _, loss, _), (fresh, _, _, plans), own, doubts = tools, drawn, {}, []
+    if not plans: return own, doubts
     for name,(x,*_) in new.items():
-        _recall(net, state, name, t, outer_steps, seed)
-        train_a_little(net, unpack(x, factor), epochs, lr, strategy, loss, generator=seeded(seed, 'dsa', t, 'inner'))
-        own[name] = _kept(net, name, t, lr)
-    return own
+        _recall(net, state, name, fresh)
+        x = unpack(x, factor)
+        train_a_little(net, x, plans[x.shape[:2].numel()], lr, loss)
+        own[name], doubt = _kept(net, name, state['t'], lr)
+        doubts.append(doubt)
+    return own, doubts
 
 # %% ../../nbs/distill/03_dsa.ipynb #47a28281
 def dsa(
@@ -248,15 +267,17 @@ def dsa(
 ):                         # a generator of states
     "Gradient matching (Zhao et al. 2021; Zhao and Bilen 2021) with weights (Cui et al. 2024), step by step."
     check_positive(outer_steps=outer_steps, inner_epochs=inner_epochs, lr_net=lr_net)
-    tools = _tools(split, width, classes, compile)
-    for t in range(state['t'], iterations*outer_steps):
-        first, last = t%outer_steps==0, (t+1)%outer_steps==0
-        moves = _moves(tools, split, weightings, state, t, batch, strategy, classes, outer_steps, seed, factor)
-        cause = f'lower lr_img ({lr})' + ('' if first else f' or lr_net ({lr_net})')
-        new = moved(state, moves, lr, cause=cause)
-        own = {} if last else _trained(tools, state, new, t, outer_steps, inner_epochs, lr_net, strategy, seed, factor)
-        commit(state, new, own=own)
+    tools, index, ways = _tools(split, width, classes, compile), class_index(split.y.cpu(), classes), draws_of(weightings)
+    sizes = {held(o.shape[:2].numel(), factor) for o in state['x'].values()}
+    draws = _draws(tools[0], index, ways.values(), batch, sizes, strategy, classes, outer_steps, inner_epochs,
+                   range(state['t'], iterations*outer_steps), seed)
+    for drawn in in_advance(draws, split.x.device):
+        moves = _moves(tools, split, weightings, state, drawn, factor)
+        new = moved(state, moves, lr, cause=f'lower lr_img ({lr})' + ('' if drawn[0] else f' or lr_net ({lr_net})'))
+        own, doubts = _trained(tools, state, new, drawn, lr_net, factor)
+        commit(state, new, doubts, own=own)
         yield state
+    settle(state)
 
 # %% ../../nbs/distill/03_dsa.ipynb #49966d23
 def dc(

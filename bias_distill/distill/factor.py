@@ -40,10 +40,11 @@ def check_factor(
 def stretching(
     side:int,   # of the image, pixels
     factor:int, # tiles along a side
+    device=None, # to make it on; None: the CPU
 )->Tensor:      # (factor * side, side)
     "Padding, cutting and stretching of a line of pixels, as one matrix."
     s = tile_side(side, factor)
-    lines = F.pad(torch.eye(side)[None], (0, factor*s-side), mode='replicate')       # each unit vector is a line
+    lines = F.pad(torch.eye(side, device=device)[None], (0, factor*s-side), mode='replicate') # each unit vector is a line
     tiles = lines[0].unflatten(1, (factor,s))
     return F.interpolate(tiles, size=side, mode='linear', align_corners=False).flatten(1).T
 
@@ -54,7 +55,7 @@ def unpack(
     "The images that stored images hold, as a network sees them; differentiable."
     if factor==1: return x
     check_factor(factor, x.shape[-1])
-    p = stretching(x.shape[-1], factor).to(x)
+    p = stretching(x.shape[-1], factor, x.device).to(x.dtype)
     tiles = (p@x@p.T).unflatten(-1, (factor,-1)).unflatten(-3, (factor,-1))         # (C, m, 3, f, h, f, h)
     return tiles.permute(0,1,3,5,2,4,6).flatten(1,3).contiguous()
 

@@ -14,8 +14,8 @@ from ..data.kept import load_tensors, locked, save_tensors, write_figure
 from ..data.names import seeded
 from ..data.split import Split, show_grid
 from ..distill.factor import check_factor, held, opening, unpack
-from ..distill.images import apart, joined, labelled, start
-from ..distill.mtt import train_experts
+from ..distill.images import apart, joined, labelled, settle, start
+from ..distill.mtt import Trajectories, train_experts
 from .judge import evaluate
 from .settings import Run, complete
 from .store import Store, check_apart, command, settings_of, side_by_side, total_steps, writable
@@ -126,20 +126,28 @@ def _load(self:Experiment, data_dir):
 
 # %% ../../nbs/experiment/07_experiment.ipynb #15460dd6
 @patch
-def stored(self:Experiment,
-    run,         # whose stage it is
-    stage:str,   # its name
-    compute,     # () to a dict of tensors
-    device=None, # to load them to; None: the experiment's
-)->tuple:        # dict of tensors; (seconds, MB)
-    "A stage's tensors: from its file, or computed, watched and kept."
+def made(self:Experiment,
+    run,       # whose stage it is
+    stage:str, # its name
+    compute,   # () to a dict of tensors
+)->object:     # path
+    "A stage's file; where it is not there, it is computed, watched and kept."
     path, seconds, memory = self.store.stage(run, stage), {}, {}
     with locked(path):
         if not path.exists():
             with watch(seconds, memory, stage, self.device): tensors = compute()
             save_tensors(path, tensors, seconds=seconds[stage], memory=memory[stage])
-    tensors, meta = load_tensors(path)
-    return {k: t.to(device or self.device) for k,t in tensors.items()}, (meta['seconds'], meta['memory'])
+    return path
+
+@patch
+def stored(self:Experiment,
+    run,       # whose stage it is
+    stage:str, # its name
+    compute,   # () to a dict of tensors
+)->tuple:      # dict of tensors, on the experiment's device; (seconds, MB)
+    "A stage's tensors: from its file, or computed, watched and kept."
+    tensors, meta = load_tensors(self.made(run, stage, compute))
+    return {k: t.to(self.device) for k,t in tensors.items()}, (meta['seconds'], meta['memory'])
 
 # %% ../../nbs/experiment/07_experiment.ipynb #b76d3549
 @patch
@@ -228,17 +236,17 @@ def _keep(self:Experiment, run, state):
 
 # %% ../../nbs/experiment/07_experiment.ipynb #350ef314
 @patch
-def _experts(self:Experiment, run)->tuple: # {parameter: (experts, snapshots, ...)} on the CPU; (seconds, MB)
-    "Trajectories of the networks that a run follows."
+def _experts(self:Experiment, run)->tuple: # `Trajectories`; (seconds, MB)
+    "Trajectories of the networks that a run follows, in their files."
     def compute(first):
         with bar(run.expert_epochs, 'experts') as b:
             return train_experts(
                 self.train, self.weightings[run], min(CROWD, run.experts-first), run.expert_epochs, run.epoch_steps,
                 run.lr_net, run.batch_real, run.width, run.augment, self.classes, self.compile, first, b.update,
                 seed=run.seed)
-    firsts = range(0, run.experts, CROWD)
-    parts, costs = zip(*(self.stored(run, f'experts{k}', lambda k=k: compute(k), 'cpu') for k in firsts))
-    return {k: torch.cat([o[k] for o in parts]) for k in parts[0]}, (sum(s for s,_ in costs), max(m for _,m in costs))
+    paths = [self.made(run, f'experts{k}', lambda k=k: compute(k)) for k in range(0, run.experts, CROWD)]
+    metas = [load_tensors(p)[1] for p in paths]              # one after the other, to see that each is whole
+    return Trajectories(paths), (sum(o['seconds'] for o in metas), max(o['memory'] for o in metas))
 
 # %% ../../nbs/experiment/07_experiment.ipynb #1a25cc14
 @patch
@@ -270,7 +278,8 @@ def _together(self:Experiment, runs, states, save_every):
             while joint['t'] < total:
                 next(steps)
                 b.update()
-                if time.monotonic() >= end: return
+                if time.monotonic() >= end: break
+            settle(joint)
     steps = self._steps(runs, joint, states)
     with bar(total, 'distill', joint['t']) as b:
         while joint['t'] < total:
@@ -381,9 +390,10 @@ def _judge(self:Experiment, run)->dict:
     own = self.states.get(run, {}).get('own', {}).get(self.weightings[run].name, {})
     passes = run.debias_steps if DEBIASERS[run.debiaser].train else run.eval_epochs
     watching = watch(seconds, memory, 'evaluate', self.device)
+    def told(t): b.update(t-b.n)
     with repeatable(self.device), watching, bar(passes, 'evaluate') as b:
-        result = evaluate(x, y, run, self.train, self.test, self.classes, self.compile, lambda t: b.update(),
-                          self.data.kinds, own['lr'].item() if 'lr' in own else None)
+        result = evaluate(x, y, run, self.train, self.test, self.classes, self.compile, told, self.data.kinds,
+                          own['lr'].item() if 'lr' in own else None)
     row = self._row(run, result, self._costs(run, (seconds['evaluate'], memory['evaluate'])))
     if run in self.synthetic:
         x, y = labelled(self.states[run]['x'][self.weightings[run].name])      # as they are stored

@@ -207,12 +207,13 @@ class Judge:
     train:object|None=None # (new, x, y, classes, steps, lr, batch, augment, compile, progress, seed=); None: SGD
     title:str=''           # what tables call it
     auxiliary:bool=False   # trains a second network beside the classifier, handed over as `aux`
+    holds:int=1            # batches of images that its networks keep something of at once
 
 DEBIASERS = dict(
     none=Judge(),
     erm=Judge(erm, 'plain training by Adam'),
-    selecmix=Judge(selecmix, 'SelecMix', auxiliary=True),
-    dfa=Judge(dfa, 'DFA'))
+    selecmix=Judge(selecmix, 'SelecMix', auxiliary=True, holds=4),
+    dfa=Judge(dfa, 'DFA', holds=2))
 
 # %% ../../nbs/experiment/01_tables.ipynb #315f25e9
 def method(

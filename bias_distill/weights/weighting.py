@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'Weighting', 'uniform', 'fixed', 'within_class', 'kde', 'kde_draw', 'two_levels', 'kde_rare',
-           'by_difficulty', 'group_weights', 'oracle', 'oracle_draw', 'fairdd', 'imperfect', 'class_index',
+           'by_difficulty', 'group_weights', 'oracle', 'oracle_draw', 'fairdd', 'imperfect', 'class_index', 'draws_of',
            'draw_batch', 'draw_initial']
 
 # %% ../../nbs/weights/03_weighting.ipynb #97123cb1
@@ -61,8 +61,9 @@ def kde(
     tau:float=1.,        # temperature of the weights, above 0
 )->Weighting:
     "Weights in the mean, by the density inside the batch (Cui et al. 2024)."
-    def in_batch(i): return weights(log_density(z[i], variance), tau)
-    return Weighting('kde', -class_density(z, y, variance), in_batch=in_batch)
+    score = -class_density(z, y, variance)                # looks whether all of z is finite
+    def in_batch(i): return weights(log_density(z[i], variance, finite=True), tau)
+    return Weighting('kde', score, in_batch=in_batch)
 
 # %% ../../nbs/weights/03_weighting.ipynb #1c03db0c
 def kde_draw(
@@ -202,6 +203,12 @@ def class_index(
     for k,i in enumerate(index):
         if not len(i): raise ValueError(f"class {k} has no image: all of the {classes} classes need some")
     return index
+
+def draws_of(
+    weightings:list, # of `Weighting`
+)->dict:             # id of a `p` -> that `p` on the CPU
+    "The different ways in which some weightings draw."
+    return {id(w.p): None if w.p is None else w.p.cpu() for w in weightings}
 
 # %% ../../nbs/weights/03_weighting.ipynb #1cceb83d
 def draw_batch(
