@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from ..data.names import seeded
 from ..data.split import Split
-from ..networks.advance import in_advance
 from ..networks.augment import augment, draw, parse
 from ..networks.convnet import network_for, to_float
 from ..networks.fast import bite, channels_last, compiled, features
 from ..weights.weighting import class_index, draw_batch, draws_of
 from .factor import opened
-from .images import commit, moved, settle
+from .images import commit, moved, stepwise
 
 # %% ../../nbs/distill/02_dm.ipynb #960ea53e
 def real_features(
@@ -136,10 +135,10 @@ def dm(
 ):                         # a generator of states
     "Distribution matching (Zhao and Bilen 2023) with weights (Cui et al. 2024), step by step."
     net, embed, loss = matcher(split.x, width, compile)
-    index, ways, steps = class_index(split.y.cpu(), classes), draws_of(weightings).values(), range(state['t'], iterations)
+    index, ways = class_index(split.y.cpu(), classes), draws_of(weightings).values()
     scale, most, real_most = net.std.pow(2), *((2048, 512) if split.x.is_cuda else (64, 64))
-    draws = _draws(net, index, ways, batch, real_most, strategy, steps, seed)
-    for parameters,params,real in in_advance(draws, split.x.device):
+    draws = _draws(net, index, ways, batch, real_most, strategy, range(state['t'], iterations), seed)
+    for parameters,params,real in stepwise(draws, state, split.x.device):
         net.take(parameters)
         moves = {}
         for name,target in _targets(embed, split.x, weightings, *real, params).items():
@@ -148,4 +147,3 @@ def dm(
             moves[name] = l, back(grad)*scale
         commit(state, moved(state, moves, lr))
         yield state
-    settle(state)

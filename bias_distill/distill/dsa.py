@@ -13,14 +13,13 @@ from torch.func import grad, grad_and_value, vmap
 from torch.utils._pytree import tree_map
 from ..data.names import check_positive, seeded
 from ..data.split import Split
-from ..networks.advance import in_advance
 from ..networks.augment import augment, draw, parse
 from ..networks.convnet import logits, network_for, to_float
 from ..networks.fast import bite, channels_last, compiled
 from ..networks.training import batch_loss, chunks, step
 from ..weights.weighting import class_index, draw_batch, draws_of
 from .factor import held, opened, unpack
-from .images import check_finite, commit, moved, settle
+from .images import check_finite, commit, moved, stepwise
 
 # %% ../../nbs/distill/03_dsa.ipynb #0d4d86e7
 def by_output(
@@ -181,7 +180,7 @@ def train_a_little(
 
 # %% ../../nbs/distill/03_dsa.ipynb #1aa901e6
 def _recall(net, state, name, fresh):
-    "The network of this step: at the start of an iteration with the parameters `fresh`, the same for all; else its own."
+    "The network of this step: at the start of an iteration with parameters `fresh`, the same for all; else its own."
     if fresh: net.take(fresh)
     else: net.load_state_dict(state['own'][name], strict=False)
 
@@ -234,6 +233,8 @@ def _moves(tools, split, weightings, state, drawn, factor=1):
         moves[w.name] = _match(net, fs, *reals[w.name], w, state['x'][w.name], params, scale, most, factor)
     return moves
 
+def _cause(lr, lr_net, drawn): return f'lower lr_img ({lr})' + ('' if drawn[0] else f' or lr_net ({lr_net})')
+
 def _trained(tools, state, new, drawn, lr, factor=1):
     "Parameters of each weighting's network after training on its new images; what is in doubt about them."
     (net, _, _, loss, _), (fresh, _, _, plans), own, doubts = tools, drawn, {}, []
@@ -267,17 +268,15 @@ def dsa(
 ):                         # a generator of states
     "Gradient matching (Zhao et al. 2021; Zhao and Bilen 2021) with weights (Cui et al. 2024), step by step."
     check_positive(outer_steps=outer_steps, inner_epochs=inner_epochs, lr_net=lr_net)
-    tools, index, ways = _tools(split, width, classes, compile), class_index(split.y.cpu(), classes), draws_of(weightings)
-    sizes = {held(o.shape[:2].numel(), factor) for o in state['x'].values()}
-    draws = _draws(tools[0], index, ways.values(), batch, sizes, strategy, classes, outer_steps, inner_epochs,
-                   range(state['t'], iterations*outer_steps), seed)
-    for drawn in in_advance(draws, split.x.device):
-        moves = _moves(tools, split, weightings, state, drawn, factor)
-        new = moved(state, moves, lr, cause=f'lower lr_img ({lr})' + ('' if drawn[0] else f' or lr_net ({lr_net})'))
+    tools, index = _tools(split, width, classes, compile), class_index(split.y.cpu(), classes)
+    sizes, ways = {held(o.shape[:2].numel(), factor) for o in state['x'].values()}, draws_of(weightings).values()
+    todo = range(state['t'], iterations*outer_steps)
+    draws = _draws(tools[0], index, ways, batch, sizes, strategy, classes, outer_steps, inner_epochs, todo, seed)
+    for drawn in stepwise(draws, state, split.x.device):
+        new = moved(state, _moves(tools, split, weightings, state, drawn, factor), lr, cause=_cause(lr, lr_net, drawn))
         own, doubts = _trained(tools, state, new, drawn, lr_net, factor)
         commit(state, new, doubts, own=own)
         yield state
-    settle(state)
 
 # %% ../../nbs/distill/03_dsa.ipynb #49966d23
 def dc(

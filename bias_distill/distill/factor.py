@@ -44,7 +44,7 @@ def stretching(
 )->Tensor:      # (factor * side, side)
     "Padding, cutting and stretching of a line of pixels, as one matrix."
     s = tile_side(side, factor)
-    lines = F.pad(torch.eye(side, device=device)[None], (0, factor*s-side), mode='replicate') # each unit vector is a line
+    lines = F.pad(torch.eye(side, device=device)[None], (0, factor*s-side), mode='replicate') # each row is a line
     tiles = lines[0].unflatten(1, (factor,s))
     return F.interpolate(tiles, size=side, mode='linear', align_corners=False).flatten(1).T
 

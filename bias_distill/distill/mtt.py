@@ -20,7 +20,7 @@ from ..networks.fast import channels_last, compiled
 from ..networks.training import batch_loss, step
 from ..weights.weighting import Weighting, class_index, draw_batch
 from .factor import held, opened
-from .images import check_finite, commit, moved, settle
+from .images import check_finite, commit, moved, stepwise
 
 # %% ../../nbs/distill/04_mtt.ipynb #dc5a959c
 SGD_BATCH = 256  # images in a step of an expert or a student
@@ -32,7 +32,7 @@ def expert_draws(
     strategy:str,   # augmentation, as `parse` reads it; each image gets its own numbers
     *,
     generator,      # of all of it
-):                  # without end: (indices (C, batch) or None, places in them (256,) or fewer, augmentation), one a step
+):                  # without end: (indices (C, batch) or None, places in them, at most 256, augmentation), one a step
     "What each step of the experts draws; the first step of a draw says the indices, and the last has what is left."
     while True:
         i = draw_batch(index, batch, p, generator=generator)
@@ -74,6 +74,15 @@ def _checked(net, t, name, lr):
     check_finite(shot, f"snapshot {t} of the experts of {name!r} is", f'lower lr_net ({lr})')
     return shot
 
+# %% ../../nbs/distill/04_mtt.ipynb #6ddb7ab6
+def _room(shot, n):
+    "A first snapshot, with room for `n` in all, so that they are in memory once."
+    def room(v):
+        all = v.new_empty(len(v), n, *v.shape[1:])
+        all[:,0] = v
+        return all
+    return {k: room(v) for k,v in shot.items()}
+
 # %% ../../nbs/distill/04_mtt.ipynb #05287539
 def train_experts(
     split:Split,           # training set; its bias labels are not read
@@ -97,22 +106,13 @@ def train_experts(
     net = network_for(split.x, width, classes, experts).reset([seeded(seed,'expert',first+k) for k in range(experts)])
     opt, g = torch.optim.SGD(net.parameters(), lr=lr_net, foreach=True), seeded(seed, 'experts', first)
     index, p = class_index(split.y.cpu(), classes), None if weighting.p is None else weighting.p.cpu()
-    draws = in_advance(expert_draws(index, p, batch, strategy, generator=g), split.x.device)
-    batches = weighted_batches(draws, weighting)
+    batches = weighted_batches(in_advance(expert_draws(index, p, batch, strategy, generator=g), split.x.device), weighting)
     loss, shots = compiled(batch_loss, compile), _room(snapshot(net), expert_epochs+1)
     for t in range(1, expert_epochs+1):
         _expert_epoch(net, opt, loss, split, batches, epoch_steps or -(-len(split)//SGD_BATCH))
         for k,v in _checked(net, t, weighting.name, lr_net).items(): shots[k][:,t] = v
         if progress: progress()
     return shots
-
-def _room(shot, n):
-    "A first snapshot, with room for `n` in all, so that they are in memory once."
-    def room(v):
-        all = v.new_empty(len(v), n, *v.shape[1:])
-        all[:,0] = v
-        return all
-    return {k: room(v) for k,v in shot.items()}
 
 # %% ../../nbs/distill/04_mtt.ipynb #9b586130
 class Trajectories:
@@ -227,6 +227,7 @@ def _own_lr(was:dict, g:Tensor, lr:float)->dict:
 # %% ../../nbs/distill/04_mtt.ipynb #fe1373ec
 def _draws(shots, order, sizes, student_steps, ahead, latest_start, strategy, steps, seed):
     "What each step draws, name -> (start, target, plan), for so many images as `sizes` says by name."
+    check_positive(student_steps=student_steps)
     def in_order(shot): return {k: shot[k] for k in order}
     def drawn(name, g):
         e, t0 = (torch.randint(n, (), generator=g).item() for n in (len(shots[name]), latest_start+1))
@@ -244,14 +245,16 @@ def _follow(state, name, drawn, fs, scale, factor=1):
     return (loss, back(grad_s.view_as(x))*scale), grad_lr
 
 # %% ../../nbs/distill/04_mtt.ipynb #218fd478
-def _ready(split, weightings, state, trajectories, width, classes, ahead, latest_start, lr_net):
-    "The network, and the experts; puts learning rates into a state without any."
+def _ready(split, weightings, state, trajectories, width, classes, ahead, latest_start, lr_net, factor=1):
+    "The network; experts, order of parameters, numbers of images. Puts learning rates into a state without any."
+    check_positive(ahead=ahead, lr_net=lr_net)
     check_reach(trajectories, latest_start, ahead)
     net, device = network_for(split.x, width, classes), split.x.device
     own = state.setdefault('own', {})
     for w in weightings:
         own.setdefault(w.name, dict(lr=torch.tensor(lr_net, device=device), v=torch.zeros((), device=device)))
-    return net, {n: trajectories_of(o) for n,o in trajectories.items()}
+    sizes = {w.name: held(state['x'][w.name].shape[:2].numel(), factor) for w in weightings}
+    return net, ({n: trajectories_of(o) for n,o in trajectories.items()}, [k for k,_ in net.named_parameters()], sizes)
 
 def _moves(state, weightings, drawn, lr_lr, *how):
     "Each weighting's loss and scaled gradient, and its learning rate after the step."
@@ -286,14 +289,10 @@ def mtt(
     seed:int,              # names all random streams
 ):                         # a generator of states
     "Trajectory matching (Cazenavette et al. 2022) with weighted experts, step by step."
-    check_positive(student_steps=student_steps, ahead=ahead, lr_net=lr_net)
-    net, shots = _ready(split, weightings, state, trajectories, width, classes, ahead, latest_start, lr_net)
-    sizes = {w.name: held(state['x'][w.name].shape[:2].numel(), factor) for w in weightings}
-    order, todo = [k for k,_ in net.named_parameters()], range(state['t'], iterations)
-    draws = _draws(shots, order, sizes, student_steps, ahead, latest_start, strategy, todo, seed)
-    how = steps(net, compile), net.std.pow(2), factor
-    for drawn in in_advance(draws, split.x.device):
+    net, known = _ready(split, weightings, state, trajectories, width, classes, ahead, latest_start, lr_net, factor)
+    todo, how = range(state['t'], iterations), (steps(net, compile), net.std.pow(2), factor)
+    draws = _draws(*known, student_steps, ahead, latest_start, strategy, todo, seed)
+    for drawn in stepwise(draws, state, split.x.device):
         moves, own = _moves(state, weightings, drawn, lr_lr, *how)
         commit(state, moved(state, moves, lr, cause=_cause(lr, lr_net, lr_lr)), own=own)
         yield state
-    settle(state)

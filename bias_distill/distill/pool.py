@@ -13,14 +13,13 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..data.names import lookup, seeded
 from ..data.split import Split
-from ..networks.advance import in_advance
 from ..networks.augment import draw, parse
 from ..networks.convnet import ConvNet, network_for
 from ..networks.fast import channels_last, compiled
 from ..weights.weighting import class_index, draw_batch, draws_of
 from .dm import dm_gradients, features_of_draws, once, weighted_mean
 from .factor import opened
-from .images import commit, moved, settle
+from .images import commit, moved, stepwise
 from .mtt import trajectories_of
 
 # %% ../../nbs/distill/07_pool.ipynb #eaf68607
@@ -167,7 +166,7 @@ def gradients(self:Matcher,
 def _check_pool(metric, calibration):
     "Refuse what is no metric or no weight."
     lookup('metric', metric, METRICS)
-    if 0 <= calibration < float('inf'): return
+    if 0 <= calibration < float('inf'): return metric
     raise ValueError(f"calibration={calibration}: expected a weight of at least 0")
 
 # %% ../../nbs/distill/07_pool.ipynb #885d032f
@@ -223,14 +222,13 @@ def pool(
     seed:int,             # names all random streams
 ):                        # a generator of states
     "Distribution matching on a pool of partly trained networks (DANCE 2024, NCFM 2025) with weights, step by step."
-    _check_pool(metric, calibration)
-    m, index = Matcher(split.x, width, classes, metric, compile), class_index(split.y.cpu(), classes)
+    m = Matcher(split.x, width, classes, _check_pool(metric, calibration), compile)
     scale, groups, ways = m.net.std.pow(2), _alike(weightings), draws_of(weightings)
     pools, ways = [trajectories_of(trajectories[w.name]) for w,*_ in groups], [ways[id(w.p)] for w,*_ in groups]
-    draws = _draws((m.metric.frequencies, m.net.features), index, ways, batch, 512 if split.x.is_cuda else 64, pools,
-                   strategy, range(state['t'], iterations), seed)
-    for drawn in in_advance(draws, split.x.device):
+    index, most = class_index(split.y.cpu(), classes), 512 if split.x.is_cuda else 64
+    draws = _draws((m.metric.frequencies, m.net.features), index, ways, batch, most, pools, strategy,
+                   range(state['t'], iterations), seed)
+    for drawn in stepwise(draws, state, split.x.device):
         moves = _moves(m, groups, state, drawn, calibration, factor)
         commit(state, moved(state, {k: (loss, grad*scale) for k,(loss,grad) in moves.items()}, lr))
         yield state
-    settle(state)

@@ -122,6 +122,20 @@ def without(
     return x[keep], y[keep]
 
 # %% ../../nbs/experiment/06_judge.ipynb #e0a42377
+def _debiased(run, x, y, data, test, i, classes, compile, numbers, progress):
+    "Logits of networks trained with a debiaser, at the end and at their best step; that step, its accuracy."
+    best, judge = Best(data.x[i], data.y[i], max(1, run.debias_steps//20), compile), DEBIASERS[run.debiaser]
+    other = NETWORKS[run.network or 'convnet'].auxiliary # who looks for the bias should see well
+    def each(t, net):
+        best(t, net)
+        progress(t)
+    def new(k, kind=None): return evaluation_networks(run, data.x, classes, kind, k, numbers)
+    more = dict(aux=lambda k: new(k, other)) if judge.auxiliary and other else {}
+    net = judge.train(new, x, y, classes, run.debias_steps, run.debias_lr, run.eval_batch, augmentation_of(run),
+                      compile, each, seed=run.seed, **more)
+    return predict(net, test.x, compile), best.predict(net, test.x), best.at, best.accuracy
+
+# %% ../../nbs/experiment/06_judge.ipynb #3cc9ac17
 def judge_debiased(
     x:Tensor,   # (n, 3, h, w) images to train on; the whole training set where nothing was distilled
     y:Tensor,   # (n,) labels
@@ -135,22 +149,13 @@ def judge_debiased(
     lr:float|None=None, # not used: a debiaser has `debias_lr`
 )->dict:        # as `by_group`, and the same at each network's best step
     "Accuracy by group of networks trained with the run's debiaser."
-    i, judge = held_out(data, classes, run.seed), DEBIASERS[run.debiaser]
+    i = held_out(data, classes, run.seed)
     if len(x)==len(data): x, y = without(x, y, i)
-    other = NETWORKS[run.network or 'convnet'].auxiliary
-    def answers(numbers, progress):
-        best = Best(data.x[i], data.y[i], max(1, run.debias_steps//20), compile)
-        def each(t, net):
-            best(t, net)
-            progress(t)
-        def new(k, kind=None): return evaluation_networks(run, data.x, classes, kind, k, numbers)
-        # who looks for the bias should see well
-        more = dict(aux=lambda k: new(k, other)) if judge.auxiliary and other else {}
-        net = judge.train(new, x, y, classes, run.debias_steps, run.debias_lr, run.eval_batch, augmentation_of(run),
-                          compile, each, seed=run.seed, **more)
-        return predict(net, test.x, compile), best.predict(net, test.x), best.at, best.accuracy
     parts = crowds(run, data.x, classes)
-    each = [answers(o, told(progress, k, len(parts), run.debias_steps)) for k,o in enumerate(parts)]
+    def of(k, numbers):
+        steps = told(progress, k, len(parts), run.debias_steps)
+        return _debiased(run, x, y, data, test, i, classes, compile, numbers, steps)
+    each = [of(k, o) for k,o in enumerate(parts)]
     last, best, at, accuracy = map(torch.cat, zip(*each))
     at_best = by_group(best, test, kinds) | dict(step=at.tolist(), validation=accuracy.tolist(), images=len(i))
     return by_group(last, test, kinds) | dict(best_on_validation=at_best) | said(parts)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil, torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..data.kept import write_atomic
-from ..networks.device import wait
+from ..networks.device import memory as memory_on, wait
 from ..networks.fast import can_compile
 
 # %% ../../nbs/experiment/04_watch.ipynb #3a3378af
@@ -115,8 +115,7 @@ def memory_of(
     device=torch.device('cpu'), # that computes
 )->int:           # bytes, all of it
     "How much memory a device has."
-    if device.type == 'cuda': return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
+    return memory_on(device) or psutil.virtual_memory().total
 
 def check_memory(
     run,         # complete

@@ -30,6 +30,7 @@ def bundled(
     flat = {k: torch.cat(v) for k,v in parts.items()}
     return {k: v.pin_memory() if pin else v for k,v in flat.items()}, (plan, tree)
 
+# %% ../../nbs/networks/08_advance.ipynb #c9038651
 def unbundled(
     flat:dict,    # from `bundled`
     known:tuple,  # from `bundled`

@@ -9,6 +9,7 @@ __all__ = ['to_float', 'normalised', 'per_member', 'fresh', 'set_units', 'Classi
 # %% ../../nbs/networks/01_convnet.ipynb #49c4c40b
 import math
 import torch, torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from ..data.names import seeded
 
@@ -83,31 +84,35 @@ class Classifier(nn.Module):
         z = self.embed(x).to(self.weight.dtype)
         return z@self.weight[0]+self.bias[0] if self.members==1 else torch.baddbmm(self.bias, z, self.weight)
 
-    def drawn(self,
-        generators, # one `torch.Generator` a member
-    )->list:        # of pairs of weights and biases, on the CPU, as `take` takes them
-        "New parameters: PyTorch's default initialisation."
-        generators = per_member(generators, self.members)
-        return [fresh(w, b, generators) for w,b in self._layers()]
-
     def _layers(self): return [*self.layers(), (self.weight, self.bias)]
 
-    @torch.no_grad()
-    def take(self,
-        drawn:list, # from `drawn`, on any device
-    ):              # the network itself
-        "Put new parameters in place; norms begin with scale 1 and shift 0."
+# %% ../../nbs/networks/01_convnet.ipynb #33c41377
+@patch
+def drawn(self:Classifier,
+    generators, # one `torch.Generator` a member
+)->list:        # of pairs of weights and biases, on the CPU, as `take` takes them
+    "New parameters: PyTorch's default initialisation."
+    generators = per_member(generators, self.members)
+    return [fresh(w, b, generators) for w,b in self._layers()]
+
+@patch
+def take(self:Classifier,
+    drawn:list, # from `drawn`, on any device
+):              # the network itself
+    "Put new parameters in place; norms begin with scale 1 and shift 0."
+    with torch.no_grad():
         for pair,new in zip(self._layers(), drawn):
             for p,o in zip(pair, new): p.copy_(o)
         for m in self.modules():
             if isinstance(m, nn.GroupNorm): m.reset_parameters()
-        return self
+    return self
 
-    def reset(self,
-        generators, # one `torch.Generator` a member
-    ):              # the network itself
-        "Redraw all parameters in place."
-        return self.take(self.drawn(generators))
+@patch
+def reset(self:Classifier,
+    generators, # one `torch.Generator` a member
+):              # the network itself
+    "Redraw all parameters in place."
+    return self.take(self.drawn(generators))
 
 # %% ../../nbs/networks/01_convnet.ipynb #fff94119
 def block(

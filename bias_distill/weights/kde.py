@@ -19,7 +19,8 @@ def log_density(
 )->Tensor:           # (..., n)
     "Log of the kernel density estimate at the samples themselves; a ValueError for embeddings that are not finite."
     if not variance > 0: raise ValueError(f"variance={variance}: the kernel's variance must be positive")
-    if not (finite or z.isfinite().all()): raise ValueError("embeddings hold NaN or infinite values: was the encoder trained?")
+    if not (finite or z.isfinite().all()):
+        raise ValueError("embeddings hold NaN or infinite values: was the encoder trained?")
     z, n = z.float(), z.shape[-2]
     rows = rows or max(1, (2**26 if z.is_cuda else 2**20)//max(1, z[...,0].numel()))
     half = z.pow(2).sum(-1)/(2*variance)
