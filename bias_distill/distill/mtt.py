@@ -105,8 +105,8 @@ def train_experts(
     check_positive(experts=experts, expert_epochs=expert_epochs, lr_net=lr_net)
     net = network_for(split.x, width, classes, experts).reset([seeded(seed,'expert',first+k) for k in range(experts)])
     opt, g = torch.optim.SGD(net.parameters(), lr=lr_net, foreach=True), seeded(seed, 'experts', first)
-    index, p = class_index(split.y.cpu(), classes), None if weighting.p is None else weighting.p.cpu()
-    batches = weighted_batches(in_advance(expert_draws(index, p, batch, strategy, generator=g), split.x.device), weighting)
+    at, p = class_index(split.y.cpu(), classes), None if weighting.p is None else weighting.p.cpu()
+    batches = weighted_batches(in_advance(expert_draws(at, p, batch, strategy, generator=g), split.x.device), weighting)
     loss, shots = compiled(batch_loss, compile), _room(snapshot(net), expert_epochs+1)
     for t in range(1, expert_epochs+1):
         _expert_epoch(net, opt, loss, split, batches, epoch_steps or -(-len(split)//SGD_BATCH))
