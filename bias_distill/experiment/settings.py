@@ -201,7 +201,7 @@ def facts(
     way, how, net = WEIGHTINGS[run.weighting], DISTILLERS[run.distiller], NETWORKS[run.network or 'convnet']
     chosen = {k: getattr(run, k) for k in ('profile','dataset','distiller','debiaser','network','weighting')}
     return chosen | dict(draws=way.draws, finds_variance=way.finds_variance, mlp=net.mlp, embeds=net.embeds,
-                         debiased=run.debiaser!='none', distills=how.steps is not None, whole=how.whole)
+                         many=run.ipc > 10, debiased=run.debiaser!='none', distills=how.steps is not None, whole=how.whole)
 
 def holds(
     when:dict,  # fact -> a value, or a tuple of values
@@ -225,6 +225,7 @@ DEFAULTS = [ # (when, values)
     (dict(profile='laptop'), dict(
         augment='none', encoder_steps=150, encoder_width=32, iterations=200, lr_img=10., batch_real=256, width=64,
         eval_width=128, eval_networks=2, eval_lr=.03, eval_epochs=few, eval_batch=128)),
+    (dict(profile='laptop', many=True), dict(iterations=300, width=128, eval_width=None, eval_networks=3)),
     (dict(profile='paper'), dict(
         encoder_steps=150, encoder_width=32, iterations=20_000, lr_img=1., batch_real=256, width=128,
         eval_networks=20, eval_epochs=1000, eval_batch=256)),
@@ -241,7 +242,7 @@ DEFAULTS += [
     (dict(distiller=GRADIENT), dict(lr_net=.01)),
     (dict(distiller=GRADIENT, profile='smoke'), dict(iterations=2, lr_img=1., outer_steps=2, inner_epochs=1)),
     (dict(distiller=GRADIENT, profile='laptop'), dict(
-        iterations=15, lr_img=3., outer_steps=10, inner_epochs=10, eval_networks=3)),
+        iterations=15, lr_img=3., width=64, eval_width=128, outer_steps=10, inner_epochs=10, eval_networks=3)),
     (dict(distiller=GRADIENT, profile='paper'), dict(
         iterations=1000, lr_img=.1, outer_steps=outer, inner_epochs=inner)),
     (dict(distiller='dc', profile='paper'), dict(init='noise', eval_epochs=300)),
@@ -252,8 +253,8 @@ DEFAULTS += [
         lr_img=100., experts=2, expert_epochs=3, epoch_steps=2, ahead=1, latest_start=2, student_steps=2,
         lr_net=.05, lr_lr=1e-4)),
     (dict(distiller='mtt', profile='laptop'), dict(
-        iterations=160, lr_img=3000., width=32, experts=5, expert_epochs=16, epoch_steps=10, eval_networks=3,
-        ahead=3, latest_start=8, student_steps=10, lr_net=.05, lr_lr=1e-4)),
+        iterations=160, lr_img=3000., width=32, eval_width=128, experts=5, expert_epochs=16, epoch_steps=10,
+        eval_networks=3, ahead=3, latest_start=8, student_steps=10, lr_net=.05, lr_lr=1e-4)),
     (dict(distiller='mtt', profile='paper'), dict(
         iterations=5000, lr_img=1000., init='noise', experts=100, expert_epochs=50, epoch_steps=0, ahead=3,
         latest_start=25, student_steps=20, lr_net=.01, lr_lr=1e-5, eval_lr=None)),
