@@ -201,7 +201,8 @@ def facts(
     way, how, net = WEIGHTINGS[run.weighting], DISTILLERS[run.distiller], NETWORKS[run.network or 'convnet']
     chosen = {k: getattr(run, k) for k in ('profile','dataset','distiller','debiaser','network','weighting')}
     return chosen | dict(draws=way.draws, finds_variance=way.finds_variance, mlp=net.mlp, embeds=net.embeds,
-                         many=run.ipc > 10, debiased=run.debiaser!='none', distills=how.steps is not None, whole=how.whole)
+                         many=run.ipc > 10, debiased=run.debiaser!='none', distills=how.steps is not None,
+                         whole=how.whole)
 
 def holds(
     when:dict,  # fact -> a value, or a tuple of values
