@@ -1,5 +1,6 @@
 "The audit through papermill: what it refuses, what it finds in a folder with a planted shortcut, what it leaves."
 import os, subprocess, sys
+from functools import partial
 from pathlib import Path
 import pandas as pd, pytest, torch
 from bias_distill.audit.plants import plant, write_images
@@ -79,14 +80,22 @@ def test_planted_folder(digits):
     assert (w.weight[~w.path.str.startswith('3/')] == 1).all()
 
 def test_a_folder_too_small_to_say(tmp_path):
+    "... one of whose classes has a name that is no Unicode, which tables keep byte for byte."
     d = cmnist(conflict=.9, seed=0)
     s = d.train[d.train.y < 2]
     s = s[torch.randperm(len(s), generator=seeded(0))[:40]]
-    write_images(tmp_path/'in', s.x, s.y, d.classes[:2])
-    code, err = papermill(tmp_path/'out.ipynb', '-p','data_dir',tmp_path/'in','-p','out_dir',tmp_path/'out','-p','size',28)
+    paths = write_images(tmp_path/'in', s.x, s.y, d.classes[:2])
+    odd, name = os.fsencode(tmp_path/'in')+b'/caf\xe9', f'{d.classes[0]}/'
+    os.rename(tmp_path/'in'/d.classes[0], odd)
+    labels = ''.join(f'{o},red\n' for o in paths).replace(name, os.fsdecode(b'caf\xe9/'))
+    (tmp_path/'labels.csv').write_bytes(os.fsencode('path,bias\n'+labels))
+    code, err = papermill(tmp_path/'out.ipynb', '-p','data_dir',tmp_path/'in','-p','out_dir',tmp_path/'out','-p','size',28,
+                          '-p','labels',tmp_path/'labels.csv')
     assert code == 0, err[-3000:]
-    assert set(pd.read_csv(tmp_path/'out/verdict.csv').verdict) == {'too few images to say'}
-    assert (pd.read_csv(tmp_path/'out/weights.csv').weight == 1).all()
+    read = partial(pd.read_csv, encoding_errors='surrogateescape', dtype=object)
+    assert set(read(tmp_path/'out/verdict.csv').verdict) == {'too few images to say'}
+    assert set(read(tmp_path/'out/weights.csv').weight) == {'1'}
+    assert (tmp_path/'out/audit.csv').read_bytes().count(b'\ncaf\xe9/') == (s.y == 0).sum()
 
 def test_parameters_are_the_fields():
     "The cell that papermill reads against the model: names, order, defaults, words of help."

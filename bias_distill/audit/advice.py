@@ -141,7 +141,7 @@ def read_labels(
     paths,         # of str, of all images; every one must be in it
 )->pd.Series:      # bias as str, in the order of `paths`
     "Bias labels of all images; a ValueError says which are missing."
-    try: t = pd.read_csv(file, dtype=str, keep_default_na=False, encoding_errors='surrogateescape')
+    try: t = pd.read_csv(file, dtype=object, keep_default_na=False, encoding_errors='surrogateescape')
     except ValueError as e: raise ValueError(f"labels={str(file)!r}: expected a CSV file with the columns path and "
                                              f"bias, found no table ({str(e).splitlines()[0]})") from e
     if not {'path','bias'} <= set(t.columns):

@@ -65,4 +65,4 @@ def looked(
         rows.append(row)
         paths.append(path)
         if progress: progress(len(rows))
-    return pd.DataFrame(rows, index=pd.Index(paths, name='path'))
+    return pd.DataFrame(rows, index=pd.Index(paths, dtype=object, name='path'))
