@@ -124,5 +124,5 @@ def file_weights(
         'part': ['train']*n + [judge]*len(data.test),
         'score': ([float('nan')]*n if score is None else score.tolist()) + none,
         'weight': weight.tolist() + none})
-    ranked = table.sort_values('path').sort_values(['weight','score'], ascending=False) # with many keys the sort is stable
+    ranked = table.sort_values('path').sort_values(['weight','score'], ascending=False) # by many keys: stable
     return ranked.reset_index(drop=True)
