@@ -1,5 +1,5 @@
 "Tests touch no network and leave nothing behind, whoever starts them. Set here, before any test imports bias_distill."
-import atexit, os, pytest, shutil, tempfile
+import atexit, os, pytest, shutil, sys, tempfile
 
 os.environ.setdefault('BIAS_DISTILL_OFFLINE', '1')
 os.environ['MPLBACKEND'] = 'Agg'
@@ -12,6 +12,13 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')   # a worker per core (pytest.ini)
 LIMIT = 3600   # seconds after which something hangs for ever: no test fails for being slow
 
 SHARED = {'digits','finished','killed','mine','refusals','run','site','undisturbed'}   # made once for all tests of a file
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    "Compiling takes far longer than the few small steps of a test: it is done where a test or file is marked `compiled`."
+    if item.get_closest_marker('compiled'): os.environ.pop('BIAS_DISTILL_EAGER', None)
+    else: os.environ['BIAS_DISTILL_EAGER'] = '1'
+    if fast := sys.modules.get('bias_distill.networks.fast'): fast.can_compile.cache_clear()
 
 def pytest_collection_modifyitems(items):
     "Tests that share something costly go to one worker."

@@ -95,6 +95,7 @@ def killer(f, at):
             if state['t'] == at: raise Killed
     return go
 
+@pytest.mark.compiled
 @pytest.mark.parametrize('distiller,at', [('dc',3), ('dsa',1), ('dsa',2), ('dsa',5), ('mtt',2)])
 def test_killed_and_resumed_is_the_same(distiller, at, undisturbed, tmp_path, monkeypatch):
     "Within a network's steps, between two networks, and along a trajectory."
@@ -109,6 +110,7 @@ def test_killed_and_resumed_is_the_same(distiller, at, undisturbed, tmp_path, mo
     finish(job(run, out_dir=str(tmp_path)))
     assert results(tmp_path) == results(undisturbed[distiller])
 
+@pytest.mark.compiled
 def test_rows_say_what_was_done(undisturbed):
     for d,out in undisturbed.items():
         rows, pictures = results(out)
@@ -123,6 +125,7 @@ def test_rows_say_what_was_done(undisturbed):
         a, b = (load_file(out/f"{k}.safetensors")['x'] for k in rows)
         assert not torch.equal(a, b)
 
+@pytest.mark.compiled
 def test_weightings_alone_or_side_by_side(undisturbed, tmp_path):
     for d,out in undisturbed.items():
         row, = finish(job(complete(**RUN[d]), out_dir=str(tmp_path/d), compare=False))
@@ -139,6 +142,7 @@ def test_every_way_to_use_weights(distiller, tmp_path):
     for i,a in enumerate(x):
         for b in list(x)[:i]: assert not torch.equal(x[a], x[b]), (a, b)
 
+@pytest.mark.compiled
 def test_experts_are_trained_once(undisturbed, monkeypatch):
     "Another number of images a class, another walk of the student: the same experts."
     def no(*args, **kw): raise Killed
@@ -185,6 +189,7 @@ def test_experts_that_diverge_are_said_so(tmp_path):
     with pytest.raises(FloatingPointError, match='experts of .kde. is not finite: lower lr_net'): e.distill()
     assert not list(tmp_path.glob('stages/experts*'))
 
+@pytest.mark.compiled
 @pytest.mark.parametrize('distiller', ['dsa','mtt'])
 def test_papermill(distiller, tmp_path):
     args = [f'-p {k} {v}'.split() for k,v in dict(profile='smoke', ipc=2, distiller=distiller, out_dir=tmp_path/'runs').items()]
@@ -193,6 +198,7 @@ def test_papermill(distiller, tmp_path):
     assert p.returncode == 0, p.stderr[-3000:]
     assert len(results(tmp_path/'runs')[0]) == 2 and distiller.upper()+' + KDE' in (tmp_path/'out.ipynb').read_text()
 
+@pytest.mark.compiled
 def test_benchmark_runs(tmp_path):
     args = [f'-p {k} {v}'.split() for k,v in dict(width=8, batch_real=16, ipc=2, inner_epochs=1, repeats=1, out_dir=tmp_path).items()]
     p = subprocess.run([sys.executable,'-m','papermill','paper_figures/benchmark_dsa.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum(args, [])],

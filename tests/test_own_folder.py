@@ -321,6 +321,7 @@ def test_folders_that_look_like_numbers(given, words):
     assert not [w for w in words if w not in str(e.value)], str(e.value)
     assert read_params(dict(profile='smoke', dataset='folder', data_dir='2024'))['data_dir'] == '2024'
 
+@pytest.mark.compiled
 def test_a_compiler_that_fails():
     code = "import torch; from bias_distill.networks.fast import compiled; f = compiled(torch.sin); assert f is torch.sin and compiled(torch.cos) is torch.cos"
     p = subprocess.run([sys.executable,'-c',code], cwd=ROOT, env=os.environ | dict(CXX='/bin/false'), capture_output=True, text=True, timeout=LIMIT)

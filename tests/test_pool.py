@@ -222,6 +222,7 @@ def test_divergence_is_said(bad, word, tmp_path):
         x = e.distill()[e.run]                                       # images are kept in their range, however far they are thrown
         assert x.isfinite().all() and x.min() >= 0 and x.max() <= 1
 
+@pytest.mark.compiled
 def test_papermill(tmp_path):
     given = dict(profile='smoke', ipc=2, distiller='pool', metric='ecf', weighting='gap_draw', compare='uniform,kde', out_dir=tmp_path/'runs')
     p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum((['-p',k,str(v)] for k,v in given.items()), [])],

@@ -17,6 +17,7 @@ from bias_distill.networks.fast import can_compile
 from bias_distill.networks.testing import predict
 from bias_distill.networks.training import train
 
+pytestmark = pytest.mark.compiled   # the main job, and its promises about bits, as users run it
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ('seconds','memory_mb','peak_memory_mb','made')
 RUN = dict(profile='smoke', ipc=2, iterations=30)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'PARAMETERS', 'BY_GROUP', 'tidy', 'page_parameters', 'check_writable', 'small_copy', 'missing', 'made_on',
            'Page', 'ratio_table', 'ratio_figure', 'face_tables', 'face_figure', 'wanted', 'fair_tables',
-           'fair_verdicts', 'labels_table', 'labels_figure', 'same_images', 'judge_table', 'keep_notebook',
-           'write_tile', 'keep_tile']
+           'fair_verdicts', 'labels_table', 'labels_figure', 'same_images', 'judge_table', 'distiller_tables',
+           'beside_whole', 'keep_notebook', 'write_tile', 'keep_tile']
 
 # %% ../../nbs/results/06_page.ipynb #c40a3ae3
 import io
@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, PIL.Image
 from IPython.display import Image, Markdown
 from fastcore.basics import patch
-from pandas import DataFrame, concat
+from pandas import DataFrame, MultiIndex, concat
 from safetensors.torch import load_file
 from ..data.kept import write_atomic, write_figure
 from ..data.names import lookup, unknown
@@ -22,15 +22,16 @@ from ..distill.factor import unpack
 from ..experiment.params import plain_values
 from ..experiment.settings import PROFILES
 from ..experiment.store import command
-from ..experiment.tables import DATASETS
+from ..experiment.tables import DATASETS, WEIGHTINGS
 from ..experiment.watch import read_row
 from . import figures
-from .claims import against_fairdd
-from .rows import (
-    FAIRNESS, MEASURES, average, by_measure, cell, cross, earlier, flat, frame, pivot, published, to_markdown)
-from bias_distill.results.sweep import (
-    FACE_METHODS, FAIR_METHODS, NEEDS, SCALES, TABLE_METHODS, at_hand, cells, estimates, hash_of, judged_by, planned,
-    run_of, setting, shown)
+from .claims import against_fairdd, standing
+from bias_distill.results.rows import (
+    FAIRNESS, MEASURES, average, by_measure, cell, cross, earlier, flat, frame, mean_of, pivot, published, spread_of,
+    to_markdown)
+from .sweep import (
+    FACE_METHODS, FAIR_METHODS, NEEDS, SCALES, STRONGER, TABLE_METHODS, at_hand, cells, estimates, hash_of, judged_by,
+    planned, run_of, setting, shown, ways_of)
 from .tables import by_dataset, by_ipc, by_method, fair_cell, fair_table, grid_table
 
 # %% ../../nbs/results/06_page.ipynb #5eb6ff57
@@ -318,6 +319,39 @@ def judge_table(
     found = [line(o) + [f'*{paper(o)}*'.replace('*–*', '–')] for o in lines.values()]
     columns = [*judged_by(s, 'cmnist'), '*the paper*']
     return page.table(DataFrame(found, list(lines), columns), 'accuracy in %, judged by') if sets else page.text('')
+
+# %% ../../nbs/results/06_page.ipynb #784f60bb
+def distiller_tables(
+    page:Page, # that gets them
+)->Markdown:   # the last
+    "Add a table for each number of images per class: a line a distiller and weighting, a column a set."
+    sets = wanted(page, 'strong_sets')
+    lines = {(title, WEIGHTINGS[w].title or 'no weights'): o | dict(weighting=w)
+             for title,o in STRONGER.items() for w in ways_of(o['distiller'])}
+    def column(name, ipc): return [cell(page.find(dataset=name, conflict=.05, ipc=ipc, **o)) for o in lines.values()]
+    whole = {f'`{d}`': cell(page.find(dataset=d, conflict=.05, distiller='none', weighting='uniform')) for d in sets}
+    def table(ipc):
+        found = DataFrame({f'`{d}`': column(d, ipc) for d in sets}, MultiIndex.from_tuples(lines))
+        return concat([found, DataFrame(whole, MultiIndex.from_tuples([('the whole training set','no weights')]))])
+    tables = {f'IPC {i}': table(i) for i in page.scale['strong_ipcs']*bool(sets)}
+    shown = [page.table(o, 'distiller', 'weights', title=title) for title,o in tables.items()]
+    return shown[-1] if shown else page.text('')
+
+def beside_whole(
+    page:Page, # that gets it
+)->Markdown:
+    "Add what our rule gains, with each distiller, on training with the whole set."
+    def line(name, ipc):
+        every = page.find(dataset=name, conflict=.05, distiller='none', weighting='uniform')
+        def against(o):
+            ours = page.find(dataset=name, conflict=.05, ipc=ipc, weighting='gap_draw', **o)
+            a, b = mean_of(ours), mean_of(every)
+            if None in (a, b): return '–'
+            return f'{a-b:+.1f}, {standing(a, b, max(spread_of(ours), spread_of(every)))}'
+        return [cell(every), *map(against, STRONGER.values())]
+    sets, ipcs = wanted(page, 'strong_sets'), page.scale['strong_ipcs']
+    table = DataFrame({f'`{d}`, IPC {i}': line(d, i) for d in sets for i in ipcs}, ['the whole set', *STRONGER]).T
+    return page.table(table, 'gap in the draw, against') if sets else page.text('')
 
 # %% ../../nbs/results/06_page.ipynb #44dcda6a
 def keep_notebook(
