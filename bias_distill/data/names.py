@@ -79,7 +79,7 @@ def check_positive(
 ):
     "Raise a ValueError for a number that is not above 0."
     for k,v in given.items():
-        if not v > 0: raise ValueError(f"{k}={v}: expected a number above 0")
+        if isinstance(v, (str,type(None))) or not v > 0: raise ValueError(f"{k}={v!r}: expected a number above 0")
 
 # %% ../../nbs/data/00_names.ipynb #b9413ed0
 def check_tensors(

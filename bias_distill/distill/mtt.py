@@ -20,7 +20,7 @@ from ..networks.fast import channels_last, compiled
 from ..networks.training import batch_loss, step
 from ..weights.weighting import Weighting, class_index, draw_batch
 from .factor import held, opened
-from .images import check_finite, commit, moved, stepwise
+from .images import check_finite, check_state, commit, moved, stepwise
 
 # %% ../../nbs/distill/04_mtt.ipynb #dc5a959c
 SGD_BATCH = 256  # images in a step of an expert or a student
@@ -247,6 +247,7 @@ def _follow(state, name, drawn, fs, scale, factor=1):
 # %% ../../nbs/distill/04_mtt.ipynb #218fd478
 def _ready(split, weightings, state, trajectories, width, classes, ahead, latest_start, lr_net, factor=1):
     "The network; experts, order of parameters, numbers of images. Puts learning rates into a state without any."
+    check_state(state, weightings)
     check_positive(ahead=ahead, lr_net=lr_net)
     check_reach(trajectories, latest_start, ahead)
     net, device = network_for(split.x, width, classes), split.x.device

@@ -30,7 +30,7 @@ def frame(
 )->DataFrame: # a line a row, a column a setting or result; None where a row has nothing
     "Rows as a DataFrame of Python objects. A TypeError for what are no rows."
     if isinstance(rows, DataFrame): return rows
-    if isinstance(rows, (str,dict)) or not all(isinstance(r, dict) for r in rows or ()):
+    if isinstance(rows, (str,dict,type(None))) or not all(isinstance(r, dict) for r in rows):
         raise TypeError(f"rows={rows!r:.80}: expected a DataFrame or a list of dicts, as `read_rows` gives them")
     table = DataFrame([USUAL | r for r in rows], dtype=object)
     table = table.reindex(columns=list(dict.fromkeys([*FIELDS, *MEASURES, *FAIRNESS, *table.columns])))
@@ -193,7 +193,9 @@ def arranged(
     empty,        # what stands where there are no rows
     **at,         # settings that all places share
 )->DataFrame:
-    "What `of` makes of the rows of every combination of a line and a column."
+    "What `of` makes of the rows of every combination of a line and a column. A ValueError for a side without any."
+    rows = frame(rows)
+    if not (lines and columns): raise ValueError(f'{len(lines)} lines, {len(columns)} columns: expected one or more of each')
     down, across = (list(next(iter(side.values()))) for side in (lines, columns))
     axes = [DataFrame(side.values()).set_index(keys).index for side,keys in ((lines, down), (columns, across))]
     table = DataFrame(empty, *axes, dtype=object)
