@@ -67,7 +67,7 @@ def check_state(
     lacking = [w.name for w in weightings if w.name not in state['x']]
     if not lacking: return
     raise ValueError(f"the state has images of {', '.join(map(repr, state['x']))}, and none of "
-                     f"{', '.join(map(repr, lacking))}: expected one from start(split, weightings, ...) of the same weightings")
+                     f"{', '.join(map(repr, lacking))}: expected one from start() of the same weightings")
 
 # %% ../../nbs/distill/01_images.ipynb #2f71d1d7
 @dataclass(frozen=True)

@@ -195,7 +195,8 @@ def arranged(
 )->DataFrame:
     "What `of` makes of the rows of every combination of a line and a column. A ValueError for a side without any."
     rows = frame(rows)
-    if not (lines and columns): raise ValueError(f'{len(lines)} lines, {len(columns)} columns: expected one or more of each')
+    if not (lines and columns):
+        raise ValueError(f'{len(lines)} lines, {len(columns)} columns: expected one or more of each')
     down, across = (list(next(iter(side.values()))) for side in (lines, columns))
     axes = [DataFrame(side.values()).set_index(keys).index for side,keys in ((lines, down), (columns, across))]
     table = DataFrame(empty, *axes, dtype=object)
