@@ -11,7 +11,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')   # a worker per core (pytest.ini)
 
 LIMIT = 3600   # seconds after which something hangs for ever: no test fails for being slow
 
-SHARED = {'digits','finished','killed','mine','refusals','run','site','undisturbed'}   # made once for all tests of a file
+SHARED = {'digits','finished','killed','made','mine','refusals','run','site','undisturbed'}   # made once for all tests of a file
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
@@ -20,7 +20,8 @@ def pytest_runtest_setup(item):
     else: os.environ['BIAS_DISTILL_EAGER'] = '1'
     if fast := sys.modules.get('bias_distill.networks.fast'): fast.can_compile.cache_clear()
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "Tests that share something costly go to one worker."
+    "Tests that share something costly go to one worker: said before xdist looks."
     for o in items:
         for name in SHARED & {*o.fixturenames}: o.add_marker(pytest.mark.xdist_group(f'{o.path.stem} {name}'))

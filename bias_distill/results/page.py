@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'PARAMETERS', 'BY_GROUP', 'tidy', 'page_parameters', 'check_writable', 'small_copy', 'missing', 'made_on',
            'Page', 'ratio_table', 'ratio_figure', 'face_tables', 'face_figure', 'wanted', 'fair_tables',
-           'fair_verdicts', 'labels_table', 'labels_figure', 'same_images', 'judge_table', 'distiller_tables',
-           'beside_whole', 'keep_notebook', 'write_tile', 'keep_tile']
+           'fair_verdicts', 'labels_table', 'labels_figure', 'same_images', 'judge_table', 'strong_sets',
+           'distiller_table', 'beside_whole', 'keep_notebook', 'write_tile', 'keep_tile']
 
 # %% ../../nbs/results/06_page.ipynb #c40a3ae3
 import io
@@ -30,8 +30,8 @@ from bias_distill.results.rows import (
     FAIRNESS, MEASURES, average, by_measure, cell, cross, earlier, flat, frame, mean_of, pivot, published, spread_of,
     to_markdown)
 from .sweep import (
-    FACE_METHODS, FAIR_METHODS, NEEDS, SCALES, STRONGER, TABLE_METHODS, at_hand, cells, estimates, hash_of, judged_by,
-    planned, run_of, setting, shown, ways_of)
+    FACE_METHODS, FAIR_METHODS, NEEDS, SCALES, STRONGER, STRONG_SETS, TABLE_METHODS, at_hand, cells, estimates, hash_of,
+    judged_by, planned, run_of, setting, shown, ways_of)
 from .tables import by_dataset, by_ipc, by_method, fair_cell, fair_table, grid_table
 
 # %% ../../nbs/results/06_page.ipynb #5eb6ff57
@@ -321,37 +321,38 @@ def judge_table(
     return page.table(DataFrame(found, list(lines), columns), 'accuracy in %, judged by') if sets else page.text('')
 
 # %% ../../nbs/results/06_page.ipynb #784f60bb
-def distiller_tables(
-    page:Page, # that gets them
-)->Markdown:   # the last
-    "Add a table for each number of images per class: a line a distiller and weighting, a column a set."
-    sets = wanted(page, 'strong_sets')
-    lines = {(title, WEIGHTINGS[w].title or 'no weights'): o | dict(weighting=w)
-             for title,o in STRONGER.items() for w in ways_of(o['distiller'])}
-    def column(name, ipc): return [cell(page.find(dataset=name, conflict=.05, ipc=ipc, **o)) for o in lines.values()]
-    whole = {f'`{d}`': cell(page.find(dataset=d, conflict=.05, distiller='none', weighting='uniform')) for d in sets}
-    def table(ipc):
-        found = DataFrame({f'`{d}`': column(d, ipc) for d in sets}, MultiIndex.from_tuples(lines))
-        return concat([found, DataFrame(whole, MultiIndex.from_tuples([('the whole training set','no weights')]))])
-    tables = {f'IPC {i}': table(i) for i in page.scale['strong_ipcs']*bool(sets)}
-    shown = [page.table(o, 'distiller', 'weights', title=title) for title,o in tables.items()]
-    return shown[-1] if shown else page.text('')
+def strong_sets(
+    page:Page, # that asks
+)->list:       # of names
+    "The sets of the page of stronger distillers, without those that nobody asked for."
+    return [o for o in STRONG_SETS if not page.only or o in page.only]
 
+def distiller_table(
+    page:Page, # that gets it
+)->Markdown:
+    "Add a line for each distiller and weighting, and the whole set; a column a set."
+    lines = {(title, WEIGHTINGS[w].title or 'no weights'): o | dict(weighting=w, ipc=page.scale['ipc'])
+             for title,o in STRONGER.items() for w in ways_of(o['distiller'])}
+    lines |= {('the whole training set','no weights'): dict(distiller='none', weighting='uniform')}
+    def column(name): return [cell(page.find(dataset=name, conflict=.05, **o)) for o in lines.values()]
+    table = DataFrame({f'`{d}`': column(d) for d in strong_sets(page)}, MultiIndex.from_tuples(lines))
+    return page.table(table, 'distiller', 'weights')
+
+# %% ../../nbs/results/06_page.ipynb #b3e7d1a0
 def beside_whole(
     page:Page, # that gets it
 )->Markdown:
     "Add what our rule gains, with each distiller, on training with the whole set."
-    def line(name, ipc):
+    def line(name):
         every = page.find(dataset=name, conflict=.05, distiller='none', weighting='uniform')
         def against(o):
-            ours = page.find(dataset=name, conflict=.05, ipc=ipc, weighting='gap_draw', **o)
+            ours = page.find(dataset=name, conflict=.05, ipc=page.scale['ipc'], weighting='gap_draw', **o)
             a, b = mean_of(ours), mean_of(every)
             if None in (a, b): return '–'
             return f'{a-b:+.1f}, {standing(a, b, max(spread_of(ours), spread_of(every)))}'
         return [cell(every), *map(against, STRONGER.values())]
-    sets, ipcs = wanted(page, 'strong_sets'), page.scale['strong_ipcs']
-    table = DataFrame({f'`{d}`, IPC {i}': line(d, i) for d in sets for i in ipcs}, ['the whole set', *STRONGER]).T
-    return page.table(table, 'gap in the draw, against') if sets else page.text('')
+    table = DataFrame({f'`{d}`': line(d) for d in strong_sets(page)}, ['the whole set', *STRONGER]).T
+    return page.table(table, 'gap in the draw, against')
 
 # %% ../../nbs/results/06_page.ipynb #44dcda6a
 def keep_notebook(

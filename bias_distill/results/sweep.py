@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FULL', 'SMOKE', 'HALF', 'SCALES', 'SETS', 'UNBIASED', 'PLAINLY', 'TABLE_METHODS', 'FACE_METHODS', 'FAIR_METHODS',
-           'AMPLIFIERS', 'PICTURED', 'FIRST', 'COMPARED', 'ARCHITECTURES', 'WHOLE', 'STRONGER', 'STRONG_WAYS', 'NEEDS',
-           'EVERYBODY', 'HEADLINE', 'LIKE', 'setting', 'cell_name', 'run_of', 'planned', 'pairs', 'on_whole',
-           'of_dataset', 'for_amplification', 'for_faces', 'for_debiasing', 'for_images', 'for_sensitivity',
-           'for_fairness', 'for_labels', 'judged_by', 'for_judges', 'ways_of', 'for_distillers', 'for_nothing',
-           'for_claims', 'at_one_ratio', 'check_axes', 'cells', 'sweep', 'shown', 'hash_of', 'at_hand', 'row_seconds',
-           'estimates', 'estimate']
+           'AMPLIFIERS', 'PICTURED', 'FIRST', 'COMPARED', 'ARCHITECTURES', 'WHOLE', 'STRONGER', 'STRONG_SETS',
+           'STRONG_WAYS', 'NEEDS', 'EVERYBODY', 'HEADLINE', 'LIKE', 'setting', 'cell_name', 'run_of', 'planned',
+           'pairs', 'on_whole', 'of_dataset', 'for_amplification', 'for_faces', 'for_debiasing', 'for_images',
+           'for_sensitivity', 'for_fairness', 'for_labels', 'judged_by', 'for_judges', 'ways_of', 'for_distillers',
+           'for_nothing', 'for_claims', 'at_one_ratio', 'check_axes', 'cells', 'sweep', 'shown', 'hash_of', 'at_hand',
+           'row_seconds', 'estimates', 'estimate']
 
 # %% ../../nbs/results/05_sweep.ipynb #dd9ec7fb
 import functools, hashlib, json
@@ -70,13 +70,11 @@ FULL = dict(conflicts=(.01,.02,.05), ipcs=(1,10,50), ipc=10, debias_ipcs=(10,50)
             variances=(.01,.05,.2,1.), taus=(.5,1.,2.), encoder_taus=(.1,.5,1.), encoder_steps=(50,150,600),
             fair_ipcs=(10,50), known=(.05,.1,.25,.5,1.), wrong=(0.,.1,.25,.5), judged_ipcs=(10,50), judged_epochs=1000,
             fair_sets=('cmnist_fg','cmnist_bg','cfmnist_fg','cfmnist_bg','cifar10_s','utkface_race'),
-            labels_sets=('cmnist_fg','cifar10_s'), judged_sets=('cmnist','bg_fmnist'), fair={}, fair_steps={},
-            strong_sets=('cmnist','bg_fmnist','corrupted_cifar10','utkface'), strong_ipcs=(10,))
+            labels_sets=('cmnist_fg','cifar10_s'), judged_sets=('cmnist','bg_fmnist'), fair={}, fair_steps={})
 SMOKE = dict(conflicts=(.05,), ipcs=(1,), ipc=1, debias_ipcs=(1,), whole=(.05,),
              variances=(.05,.2), taus=(1.,), encoder_taus=(.5,), encoder_steps=(5,10),
              fair_ipcs=(1,), known=(.25,1.), wrong=(0.,.25), judged_ipcs=(1,), judged_epochs=6,
-             fair_sets=('cmnist_fg',), labels_sets=('cmnist_fg',), judged_sets=('cmnist',), fair={}, fair_steps={},
-             strong_sets=('cmnist',), strong_ipcs=(1,))
+             fair_sets=('cmnist_fg',), labels_sets=('cmnist_fg',), judged_sets=('cmnist',), fair={}, fair_steps={})
 # a twelfth of the matching, for many sets; what that costs stands in paper_figures/profile.ipynb
 HALF = dict(fair=dict(width=64, eval_width=128, eval_networks=2), fair_steps=dict(iterations=100))
 SCALES = dict(laptop=FULL|HALF, paper=FULL, smoke=SMOKE)
@@ -202,6 +200,7 @@ STRONGER = { # title -> a distiller and its settings
     'matching in a pool': dict(distiller='pool'),
     'a pool, whole distributions': dict(distiller='pool', metric='ecf'),
     'RDED, four crops in one': dict(distiller='rded', factor=2)}
+STRONG_SETS = (*SETS,'utkface')
 STRONG_WAYS = ('uniform','kde','gap_draw','oracle_draw') # weightings
 
 def ways_of(
@@ -215,8 +214,8 @@ def for_distillers(
     s:dict, # of `SCALES`
 )->list:    # of settings
     "The stronger distillers by weighting, and the whole sets that they are to beat."
-    at = dict(dataset=s['strong_sets'], conflict=.05)
-    return on_whole(**at) + sum([grid(**at, ipc=s['strong_ipcs'], weighting=ways_of(o['distiller']), **o)
+    at = dict(dataset=STRONG_SETS, conflict=.05)
+    return on_whole(**at) + sum([grid(**at, ipc=s['ipc'], weighting=ways_of(o['distiller']), **o)
                                  for o in STRONGER.values()], [])
 
 # %% ../../nbs/results/05_sweep.ipynb #be00df75
