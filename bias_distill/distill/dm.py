@@ -15,7 +15,7 @@ from ..networks.convnet import network_for, to_float
 from ..networks.fast import bite, channels_last, compiled, features
 from ..weights.weighting import class_index, draw_batch, draws_of
 from .factor import opened
-from .images import check_state, commit, moved, stepwise
+from .images import commit, moved, stepwise
 
 # %% ../../nbs/distill/02_dm.ipynb #960ea53e
 def real_features(
@@ -134,12 +134,11 @@ def dm(
     seed:int,              # names all random streams
 ):                         # a generator of states
     "Distribution matching (Zhao and Bilen 2023) with weights (Cui et al. 2024), step by step."
-    check_state(state, weightings)
     net, embed, loss = matcher(split.x, width, compile)
     index, ways = class_index(split.y.cpu(), classes), draws_of(weightings).values()
     scale, most, real_most = net.std.pow(2), *((2048, 512) if split.x.is_cuda else (64, 64))
     draws = _draws(net, index, ways, batch, real_most, strategy, range(state['t'], iterations), seed)
-    for parameters,params,real in stepwise(draws, state, split.x.device):
+    for parameters,params,real in stepwise(draws, state, split.x.device, weightings):
         net.take(parameters)
         moves = {}
         for name,target in _targets(embed, split.x, weightings, *real, params).items():

@@ -19,7 +19,7 @@ from ..networks.fast import bite, channels_last, compiled
 from ..networks.training import batch_loss, chunks, step
 from ..weights.weighting import class_index, draw_batch, draws_of
 from .factor import held, opened, unpack
-from .images import check_finite, check_state, commit, moved, stepwise
+from .images import check_finite, commit, moved, stepwise
 
 # %% ../../nbs/distill/03_dsa.ipynb #0d4d86e7
 def by_output(
@@ -267,13 +267,12 @@ def dsa(
     seed:int,              # names all random streams
 ):                         # a generator of states
     "Gradient matching (Zhao et al. 2021; Zhao and Bilen 2021) with weights (Cui et al. 2024), step by step."
-    check_state(state, weightings)
     check_positive(outer_steps=outer_steps, inner_epochs=inner_epochs, lr_net=lr_net)
     tools, index = _tools(split, width, classes, compile), class_index(split.y.cpu(), classes)
     sizes, ways = {held(o.shape[:2].numel(), factor) for o in state['x'].values()}, draws_of(weightings).values()
     todo = range(state['t'], iterations*outer_steps)
     draws = _draws(tools[0], index, ways, batch, sizes, strategy, classes, outer_steps, inner_epochs, todo, seed)
-    for drawn in stepwise(draws, state, split.x.device):
+    for drawn in stepwise(draws, state, split.x.device, weightings):
         new = moved(state, _moves(tools, split, weightings, state, drawn, factor), lr, cause=_cause(lr, lr_net, drawn))
         own, doubts = _trained(tools, state, new, drawn, lr_net, factor)
         commit(state, new, doubts, own=own)

@@ -138,11 +138,13 @@ def settle(
         if name is not None: state['loss'][name].append(loss)
 
 def stepwise(
-    draws,  # generator of what each step draws
-    state,  # that the steps change
-    device, # to work on
-):          # generator of the same, sent there ahead of time
+    draws,         # generator of what each step draws
+    state,         # that the steps change
+    device,        # to work on
+    weightings=(), # of which it must hold images
+):                 # generator of the same, sent there ahead of time
     "What each step draws; after the last step, what is still in doubt is read."
+    check_state(state, weightings)
     yield from in_advance(draws, device)
     settle(state)
 

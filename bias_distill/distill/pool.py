@@ -19,7 +19,7 @@ from ..networks.fast import channels_last, compiled
 from ..weights.weighting import class_index, draw_batch, draws_of
 from .dm import dm_gradients, features_of_draws, once, weighted_mean
 from .factor import opened
-from .images import check_state, commit, moved, stepwise
+from .images import commit, moved, stepwise
 from .mtt import trajectories_of
 
 # %% ../../nbs/distill/07_pool.ipynb #eaf68607
@@ -222,14 +222,13 @@ def pool(
     seed:int,             # names all random streams
 ):                        # a generator of states
     "Distribution matching on a pool of partly trained networks (DANCE 2024, NCFM 2025) with weights, step by step."
-    check_state(state, weightings)
     m = Matcher(split.x, width, classes, _check_pool(metric, calibration), compile)
     scale, groups, ways = m.net.std.pow(2), _alike(weightings), draws_of(weightings)
     pools, ways = [trajectories_of(trajectories[w.name]) for w,*_ in groups], [ways[id(w.p)] for w,*_ in groups]
     index, most = class_index(split.y.cpu(), classes), 512 if split.x.is_cuda else 64
     draws = _draws((m.metric.frequencies, m.net.features), index, ways, batch, most, pools, strategy,
                    range(state['t'], iterations), seed)
-    for drawn in stepwise(draws, state, split.x.device):
+    for drawn in stepwise(draws, state, split.x.device, weightings):
         moves = _moves(m, groups, state, drawn, calibration, factor)
         commit(state, moved(state, {k: (loss, grad*scale) for k,(loss,grad) in moves.items()}, lr))
         yield state
