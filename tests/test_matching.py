@@ -198,7 +198,6 @@ def test_papermill(distiller, tmp_path):
     assert p.returncode == 0, p.stderr[-3000:]
     assert len(results(tmp_path/'runs')[0]) == 2 and distiller.upper()+' + KDE' in (tmp_path/'out.ipynb').read_text()
 
-@pytest.mark.compiled
 def test_benchmark_runs(tmp_path):
     args = [f'-p {k} {v}'.split() for k,v in dict(width=8, batch_real=16, ipc=2, inner_epochs=1, repeats=1, out_dir=tmp_path).items()]
     p = subprocess.run([sys.executable,'-m','papermill','paper_figures/benchmark_dsa.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum(args, [])],
