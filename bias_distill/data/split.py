@@ -8,7 +8,7 @@ __all__ = ['Split', 'BiasedDataset', 'assign_bias', 'majority', 'hold_out', 'eve
 # %% ../../nbs/data/01_split.ipynb #47f2006f
 import functools, hashlib
 from dataclasses import dataclass, replace
-import matplotlib.pyplot as plt, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import Tensor
 from .names import check_share, check_tensors, for_figure
 
@@ -188,6 +188,7 @@ def show_grid(
         x = F.pad(x, (0,0,0,0,0,0,0,-len(x)%r), value=255).view(r, -1, *x.shape[1:])
     x = F.pad(x, (border,)*4, value=255)
     r,c,_,h,w = x.shape
+    import matplotlib.pyplot as plt # takes a second to load
     if ax is None: ax = plt.subplots(figsize=(size*c, size*r*h/w), layout='constrained')[1]
     ax.imshow(x.permute(0,3,1,4,2).reshape(r*h, c*w, 3).numpy(), interpolation='nearest')
     titles = [for_figure(o) for o in titles or ()]

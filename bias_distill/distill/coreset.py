@@ -7,7 +7,6 @@ __all__ = ['nearest', 'cluster_centres', 'coreset']
 
 # %% ../../nbs/distill/05_coreset.ipynb #32833106
 import torch
-from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from ..data.names import seeded
@@ -38,6 +37,7 @@ def cluster_centres(
     seed:int=0,    # of the start
 )->Tensor:         # (k, d)
     "Centres of k-means (Lloyd), from one k-means++ start."
+    from sklearn.cluster import KMeans # takes a second to load
     means = KMeans(k, n_init=1, max_iter=50, random_state=seed)
     with threadpool_limits(1): means.fit(f.numpy(), sample_weight=None if w is None else w.double().numpy())
     return torch.from_numpy(means.cluster_centers_)

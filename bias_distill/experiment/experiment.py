@@ -8,7 +8,7 @@ __all__ = ['SHARED', 'CROWD', 'check_together', 'stages', 'Experiment', 'save_pi
 # %% ../../nbs/experiment/07_experiment.ipynb #1276eeaa
 import time
 from dataclasses import replace
-import matplotlib.pyplot as plt, torch
+import torch
 from fastcore.basics import patch
 from ..data.kept import load_tensors, locked, save_tensors, write_figure
 from ..data.names import seeded
@@ -322,6 +322,7 @@ def save_picture(
     most:int=20, # images of a class
 ):
     "The synthetic images as a grid, a class a row; smoke runs are marked."
+    import matplotlib.pyplot as plt # takes a second to load
     n = min(most, syn.shape[1])
     fig, ax = plt.subplots(figsize=(.45*n+.4, .45*len(syn)+.5))
     show_grid(syn[:,:n].detach().cpu(), ax=ax)
