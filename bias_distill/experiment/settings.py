@@ -230,8 +230,8 @@ DEFAULTS = [ # (when, values)
     (dict(profile='paper'), dict(
         encoder_steps=150, encoder_width=32, iterations=20_000, lr_img=1., batch_real=256, width=128,
         eval_networks=20, eval_epochs=1000, eval_batch=256)),
-    (dict(profile='laptop', dataset='corrupted_cifar10'), dict(encoder_steps=800, variance=.1)),
-    (dict(profile='laptop', dataset='utkface'), dict(encoder_steps=50, variance=.2)),
+    (dict(profile=TRAINED, dataset='corrupted_cifar10'), dict(encoder_steps=800, variance=.1)),
+    (dict(profile=TRAINED, dataset='utkface'), dict(encoder_steps=50, variance=.2)),
 ]
 
 # %% ../../nbs/experiment/02_settings.ipynb #980355a3
