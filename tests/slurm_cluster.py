@@ -7,8 +7,10 @@ BIAS_DISTILL_SLURM names a folder with the packages, or what they were extracted
 and `pytest -m slurm` then does the rest. One node, one partition (gpu), no accounts. The node says that it has more cores
 and memory than the machine may have, and one GPU that is none: so what asks for them is scheduled here too.
 """
-import getpass, os, signal, socket, subprocess, time
+import os, pwd, signal, socket, subprocess, time
 from pathlib import Path
+
+USER = pwd.getpwuid(os.getuid()).pw_name
 
 CONF = """
 ClusterName=test
@@ -63,7 +65,7 @@ class Cluster:
         for o in ('slurmctld','slurmd','slurmstepd'):    # Debian's names end in -wlm, and a daemon of another name reads no Gres
             (self.folder/o).symlink_to(next(self.tree.glob(f'usr/sbin/{o}*')))
         host = socket.gethostname().split('.')[0]
-        conf = CONF.format(host=host, ports=free_ports(2), user=getpass.getuser(), plugins=plugins, folder=self.folder)
+        conf = CONF.format(host=host, ports=free_ports(2), user=USER, plugins=plugins, folder=self.folder)
         (self.folder/'slurm.conf').write_text(conf)
         (self.folder/'gres.conf').write_text(f'NodeName={host} Name=gpu File=/dev/null\n')
         srun = self.folder/'bin/srun'                # Snakemake starts it without SLURM_CONF
@@ -113,7 +115,7 @@ class Cluster:
 
     def __exit__(self, *_):
         "No job and no daemon is left."
-        self.ask('scancel','--user',getpass.getuser())
+        self.ask('scancel','--user',USER)
         if 'slurmctld' in self.daemons: self.wait(lambda: not self.ask('squeue','--noheader'))
         for p in self.daemons.values(): p.send_signal(signal.SIGTERM)
         for p in self.daemons.values():
