@@ -63,8 +63,8 @@ def copy(tmp_path):
     left = lambda folder, names: [n for n in names if n.endswith('.png') or Path(folder)==ROOT/'paper_figures' and n in ('runs','smoke','.snakemake','executed')]
     shutil.copytree(ROOT/'paper_figures', tmp_path/'paper_figures', ignore=left); return tmp_path/'paper_figures'
 
-def snakemake(*args, cwd, ok=True):
-    env = environment() | dict(XDG_CACHE_HOME=str(cwd.parent/'cache'))
+def snakemake(*args, cwd, ok=True, **more):
+    env = environment() | dict(XDG_CACHE_HOME=str(cwd.parent/'cache')) | more
     p = subprocess.run([sys.executable,'-m','snakemake',*args], cwd=cwd, env=env, capture_output=True, text=True, timeout=LIMIT)
     assert ok == (p.returncode == 0), (p.stdout+p.stderr)[-3000:]
     return p.stdout+p.stderr
@@ -143,6 +143,13 @@ def test_text_from_config_reaches_the_job_as_it_is(where, copy):
 def test_a_wrong_config_is_refused_before_anything_is_made(config, says, copy):
     text = snakemake('-n','--config',config, cwd=copy, ok=False)
     assert 'WorkflowError' in text and says in text and not list(copy.parent.rglob('pwned')) and 'Job stats' not in text
+
+def test_a_job_on_a_cluster_takes_the_threads_that_were_asked_for(copy):
+    "Not as many as its machine has cores, which Slurm would refuse."
+    row = f"smoke/rows/{cell_name(cells('table_cmnist', 'smoke')[0])}.json"
+    told = dict(BIAS_DISTILL_TARGETS=json.dumps([row]), BIAS_DISTILL_THREADS='8')    # by the first process
+    text = snakemake('-n','--workflow-profile','none','--mode','remote','--cores','64','--config','profile=smoke','--', row, cwd=copy, **told)
+    assert 'threads: 8\n' in text
 
 def test_a_cluster_gets_no_path_that_a_shell_would_read(copy):
     "There Snakemake itself puts the path into a shell's line, in double quotes."
