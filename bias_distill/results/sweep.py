@@ -71,8 +71,8 @@ FULL = dict(conflicts=(.01,.02,.05), ipcs=(1,10,50), ipc=10, debias_ipcs=(10,50)
             fair_ipcs=(10,50), known=(.05,.1,.25,.5,1.), wrong=(0.,.1,.25,.5), judged_ipcs=(10,50), judged_epochs=1000,
             fair_sets=('cmnist_fg','cmnist_bg','cfmnist_fg','cfmnist_bg','cifar10_s','utkface_race'), strong=None,
             labels_sets=('cmnist_fg','cifar10_s'), judged_sets=('cmnist','bg_fmnist'), fair={}, fair_steps={})
-SMOKE = dict(conflicts=(.05,), ipcs=(1,), ipc=1, debias_ipcs=(1,), whole=(.05,),
-             variances=(.05,.2), taus=(1.,), encoder_taus=(.5,), encoder_steps=(5,10), strong=('DM','RDED, four crops in one'),
+SMOKE = dict(conflicts=(.05,), ipcs=(1,), ipc=1, debias_ipcs=(1,), whole=(.05,), strong=('DM, four images in one',),
+             variances=(.05,.2), taus=(1.,), encoder_taus=(.5,), encoder_steps=(5,10),
              fair_ipcs=(1,), known=(.25,1.), wrong=(0.,.25), judged_ipcs=(1,), judged_epochs=6,
              fair_sets=('cmnist_fg',), labels_sets=('cmnist_fg',), judged_sets=('cmnist',), fair={}, fair_steps={})
 # a twelfth of the matching, for many sets; what that costs stands in paper_figures/profile.ipynb
