@@ -24,4 +24,4 @@ def pytest_runtest_setup(item):
 def pytest_collection_modifyitems(items):
     "Tests that share something costly go to one worker: said before xdist looks. (With pytest 9.2 xdist 3.8 finds no groups.)"
     for o in items:
-        for name in SHARED & {*o.fixturenames}: o.add_marker(pytest.mark.xdist_group(f'{o.path.stem} {name}'))
+        if SHARED & {*o.fixturenames}: o.add_marker(pytest.mark.xdist_group(o.path.stem))
