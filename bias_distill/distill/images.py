@@ -141,7 +141,7 @@ def stepwise(
     draws,         # generator of what each step draws
     state,         # that the steps change
     device,        # to work on
-    weightings=(), # of which it must hold images
+    weightings=(), # of which it must hold images, where nobody has looked yet
 ):                 # generator of the same, sent there ahead of time
     "What each step draws; after the last step, what is still in doubt is read."
     check_state(state, weightings)

@@ -293,7 +293,7 @@ def mtt(
     net, known = _ready(split, weightings, state, trajectories, width, classes, ahead, latest_start, lr_net, factor)
     todo, how = range(state['t'], iterations), (steps(net, compile), net.std.pow(2), factor)
     draws = _draws(*known, student_steps, ahead, latest_start, strategy, todo, seed)
-    for drawn in stepwise(draws, state, split.x.device, weightings):
+    for drawn in stepwise(draws, state, split.x.device):
         moves, own = _moves(state, weightings, drawn, lr_lr, *how)
         commit(state, moved(state, moves, lr, cause=_cause(lr, lr_net, lr_lr)), own=own)
         yield state

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['SEEN', 'MADE', 'TRAINED', 'EXPERT', 'RESULT', 'STAGES', 'WEIGHED', 'NAMED', 'ALWAYS', 'CHOSEN', 'stage_key',
            'run_key', 'total_steps', 'side_by_side', 'settings_of', 'arguments', 'command', 'reading_code',
-           'check_apart', 'writable', 'Store']
+           'save_picture', 'check_apart', 'writable', 'Store']
 
 # %% ../../nbs/experiment/05_store.ipynb #496f4244
 import hashlib, json
 from pathlib import Path
 from fastcore.basics import patch
 from ..data.files import resolve
-from ..data.kept import load_tensors, sweep_parts, write_atomic
+from ..data.kept import load_tensors, sweep_parts, write_atomic, write_figure
+from ..data.split import show_grid
 from .settings import Distilling, Judging, Run, complete
 from .tables import DATASETS, DISTILLERS, ENCODER, LABELS, VIEWS, ignored
 from .watch import read_row
@@ -116,6 +117,24 @@ def reading_code(
         f"x, y = s['x'], s['y']    # (n, 3, {side}, {side}) floats in 0 to 1, and labels", *opened,
         f"mean, std = torch.tensor({exact(inputs['mean'])}), torch.tensor({exact(inputs['std'])})",
         'x = (x-mean.view(3,1,1))/std.view(3,1,1)    # test images too'])
+
+# %% ../../nbs/experiment/05_store.ipynb #89d9b894
+def save_picture(
+    path,       # of a PNG file
+    syn,        # (classes, m, 3, h, w) images as networks see them, 0 to 1
+    run,        # complete
+    most:int=20, # images of a class
+):
+    "The synthetic images as a grid, a class a row; smoke runs are marked."
+    import matplotlib.pyplot as plt # takes a second to load
+    n = min(most, syn.shape[1])
+    fig, ax = plt.subplots(figsize=(.45*n+.4, .45*len(syn)+.5))
+    show_grid(syn[:,:n].detach().cpu(), ax=ax)
+    share = '' if run.conflict is None else f'{run.conflict:.1%} conflicting, '
+    mark = ' — SMOKE'*(run.profile=='smoke')
+    ax.set_title(f'{run.dataset}, {share}{run.distiller}, {run.weighting}{mark}', fontsize=8)
+    try: write_figure(path, fig)
+    finally: plt.close(fig)
 
 # %% ../../nbs/experiment/05_store.ipynb #b5a421be
 def check_apart(

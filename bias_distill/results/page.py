@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'PARAMETERS', 'BY_GROUP', 'tidy', 'page_parameters', 'check_writable', 'small_copy', 'missing', 'made_on',
            'Page', 'ratio_table', 'ratio_figure', 'face_tables', 'face_figure', 'wanted', 'fair_tables',
-           'fair_verdicts', 'labels_table', 'labels_figure', 'same_images', 'judge_table', 'strong_sets',
-           'distiller_table', 'beside_whole', 'keep_notebook', 'write_tile', 'keep_tile']
+           'fair_verdicts', 'labels_table', 'labels_figure', 'same_images', 'judge_table', 'distiller_table',
+           'beside_whole', 'keep_notebook', 'write_tile', 'keep_tile']
 
 # %% ../../nbs/results/06_page.ipynb #c40a3ae3
 import io
@@ -247,16 +247,16 @@ def face_figure(
 # %% ../../nbs/results/06_page.ipynb #6ca91e40
 def wanted(
     page:Page, # that asks
-    sets:str,  # which list of sets in its scale: 'fair_sets'
+    sets,      # names
 )->list:       # of names
-    "The sets of a page, without those that nobody asked for."
-    return [o for o in page.scale[sets] if not page.only or o in page.only]
+    "Those of some sets that the page was asked for."
+    return [o for o in sets if not page.only or o in page.only]
 
 def fair_tables(
     page:Page, # that gets them
 )->Markdown:   # the last
     "Add a table for each number of images per class: accuracy, DEO_M and DEO_A, beside what was published."
-    sets = wanted(page, 'fair_sets')
+    sets = wanted(page, page.scale['fair_sets'])
     parts = {f'IPC {i}': fair_table(page.rows, sets, i, FAIR_METHODS) for i in page.scale['fair_ipcs']*bool(sets)}
     corner = 'accuracy in %, below it DEO_M / DEO_A'
     return [page.table(o, corner, title=title) for title,o in parts.items()][-1] if parts else page.text('')
@@ -265,7 +265,8 @@ def fair_verdicts(
     page:Page, # that gets them
 )->Markdown:   # the last
     "Add where our rule stands against FairDD, published and run here: by accuracy, and by DEO_M."
-    sets, shown = wanted(page, 'fair_sets'), dict(accuracy='By accuracy, %', deo_m='By DEO_M, lower is better')
+    sets = wanted(page, page.scale['fair_sets'])
+    shown = dict(accuracy='By accuracy, %', deo_m='By DEO_M, lower is better')
     at = sets, page.scale['fair_ipcs']
     parts = {title: against_fairdd(page.rows, *at, what) for what,title in shown.items() if sets}
     return [page.table(o, title=title) for title,o in parts.items()][-1] if parts else page.text('')
@@ -275,7 +276,7 @@ def labels_table(
     page:Page, # that gets it
 )->Markdown:
     "Add a line for each share of labels known, or wrong, and for what reads none; a column a set."
-    s, sets = page.scale, wanted(page, 'labels_sets')
+    s, sets = page.scale, wanted(page, page.scale['labels_sets'])
     lines = {f'{100*k:g} % of the labels': dict(weighting='fairdd', labels_known=k) for k in s['known']}
     lines |= {f'all, {100*k:g} % of them wrong': dict(weighting='fairdd', labels_wrong=k) for k in s['wrong'] if k}
     lines |= {f'none: {title}': dict(weighting=o['weighting']) for title,o in by_method(figures.FREE).items()}
@@ -290,7 +291,7 @@ def labels_figure(
 )->Image:
     "Add the picture of that table."
     s = page.scale
-    fig = figures.labels_figure(page.rows, wanted(page, 'labels_sets'), s['known'], s['wrong'], s['ipc'])
+    fig = figures.labels_figure(page.rows, wanted(page, s['labels_sets']), s['known'], s['wrong'], s['ipc'])
     return page.figure(fig, 'Accuracy of DM + FairDD by the share of labels known, and by the share wrong')
 
 # %% ../../nbs/results/06_page.ipynb #5c0de917
@@ -311,7 +312,7 @@ def judge_table(
     page:Page, # that gets it
 )->Markdown:
     "Add accuracies by the judge: a line a set, number of images per class and weighting, a column a judge."
-    s, sets = page.scale, wanted(page, 'judged_sets')
+    s, sets = page.scale, wanted(page, page.scale['judged_sets'])
     methods = by_method([('dm','uniform'), ('dm','kde')])
     lines = cross(cross(by_dataset(sets), by_ipc(s['judged_ipcs']), ', '), methods, ', ')
     def line(o): return [cell(page.find(conflict=.05, **o, **j)) for j in judged_by(s, o['dataset']).values()]
@@ -321,12 +322,6 @@ def judge_table(
     return page.table(DataFrame(found, list(lines), columns), 'accuracy in %, judged by') if sets else page.text('')
 
 # %% ../../nbs/results/06_page.ipynb #784f60bb
-def strong_sets(
-    page:Page, # that asks
-)->list:       # of names
-    "The sets of the page of stronger distillers, without those that nobody asked for."
-    return [o for o in STRONG_SETS if not page.only or o in page.only]
-
 def distiller_table(
     page:Page, # that gets it
 )->Markdown:
@@ -335,7 +330,7 @@ def distiller_table(
              for title,o in STRONGER.items() for w in ways_of(o['distiller'])}
     lines |= {('the whole training set','no weights'): dict(distiller='none', weighting='uniform')}
     def column(name): return [cell(page.find(dataset=name, conflict=.05, **o)) for o in lines.values()]
-    table = DataFrame({f'`{d}`': column(d) for d in strong_sets(page)}, MultiIndex.from_tuples(lines))
+    table = DataFrame({f'`{d}`': column(d) for d in wanted(page, STRONG_SETS)}, MultiIndex.from_tuples(lines))
     return page.table(table, 'distiller', 'weights')
 
 # %% ../../nbs/results/06_page.ipynb #b3e7d1a0
@@ -351,7 +346,7 @@ def beside_whole(
             if None in (a, b): return '–'
             return f'{a-b:+.1f}, {standing(a, b, max(spread_of(ours), spread_of(every)))}'
         return [cell(every), *map(against, STRONGER.values())]
-    table = DataFrame({f'`{d}`': line(d) for d in strong_sets(page)}, ['the whole set', *STRONGER]).T
+    table = DataFrame({f'`{d}`': line(d) for d in wanted(page, STRONG_SETS)}, ['the whole set', *STRONGER]).T
     return page.table(table, 'gap in the draw, against')
 
 # %% ../../nbs/results/06_page.ipynb #44dcda6a
