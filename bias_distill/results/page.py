@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'PARAMETERS', 'BY_GROUP', 'tidy', 'page_parameters', 'check_writable', 'small_copy', 'missing', 'made_on',
            'Page', 'ratio_table', 'ratio_figure', 'face_tables', 'face_figure', 'wanted', 'fair_tables',
-           'fair_verdicts', 'labels_table', 'labels_figure', 'same_images', 'judge_table', 'distiller_table',
-           'beside_whole', 'keep_notebook', 'write_tile', 'keep_tile']
+           'fair_verdicts', 'labels_table', 'labels_figure', 'same_images', 'in_paper', 'judge_table', 'peers_table',
+           'distiller_table', 'beside_whole', 'keep_notebook', 'write_tile', 'keep_tile']
 
 # %% ../../nbs/results/06_page.ipynb #c40a3ae3
 import io
@@ -308,6 +308,15 @@ def same_images(
     others = '' if same==len(several) else ' In the others they had the same settings and seed, on another machine.'
     return f'In {same} of {len(several)} lines and seeds all judges saw the very same images.{others}'
 
+def in_paper(
+    page:Page, # that asks
+    **given,   # settings of a cell; the rest is the profile's
+)->str:        # in italics; a dash where we know of none
+    "The published accuracy of a cell."
+    found = published(dict(planned(page.profile, **given)))
+    return f"*{found['accuracy']}*" if found else '–'
+
+# %% ../../nbs/results/06_page.ipynb #c1a8ccf1
 def judge_table(
     page:Page, # that gets it
 )->Markdown:
@@ -316,10 +325,22 @@ def judge_table(
     methods = by_method([('dm','uniform'), ('dm','kde')])
     lines = cross(cross(by_dataset(sets), by_ipc(s['judged_ipcs']), ', '), methods, ', ')
     def line(o): return [cell(page.find(conflict=.05, **o, **j)) for j in judged_by(s, o['dataset']).values()]
-    def paper(o): return (published(dict(planned(page.profile, conflict=.05, **o))) or {}).get('accuracy', '–')
-    found = [line(o) + [f'*{paper(o)}*'.replace('*–*', '–')] for o in lines.values()]
+    found = [line(o) + [in_paper(page, conflict=.05, **o)] for o in lines.values()]
     columns = [*judged_by(s, 'cmnist'), '*the paper*']
     return page.table(DataFrame(found, list(lines), columns), 'accuracy in %, judged by') if sets else page.text('')
+
+# %% ../../nbs/results/06_page.ipynb #89ae22be
+def peers_table(
+    page:Page, # that gets it
+)->Markdown:
+    "Add a line for each method and number of images per class: the quick profile, the peers' protocol, the paper."
+    methods = by_method([('dm','uniform'), ('dm','kde')])
+    lines = cross(methods, by_ipc(page.scale['judged_ipcs']), ', ')
+    columns = {f'profile `{page.profile}`': {}, "the peers' protocol": page.scale['peers']}
+    def line(o):
+        at = dict(dataset='cmnist', conflict=.05) | o
+        return [*(cell(page.find(**at, **c)) for c in columns.values()), in_paper(page, **at)]
+    return page.table(DataFrame(map(line, lines.values()), list(lines), [*columns, '*the paper*']), 'accuracy in %')
 
 # %% ../../nbs/results/06_page.ipynb #784f60bb
 def distiller_table(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FULL', 'SMOKE', 'HALF', 'SCALES', 'SETS', 'UNBIASED', 'PLAINLY', 'TABLE_METHODS', 'FACE_METHODS', 'FAIR_METHODS',
            'AMPLIFIERS', 'PICTURED', 'FIRST', 'COMPARED', 'ARCHITECTURES', 'WHOLE', 'STRONGER', 'STRONG_SETS',
-           'STRONG_WAYS', 'NEEDS', 'EVERYBODY', 'HEADLINE', 'LIKE', 'setting', 'cell_name', 'run_of', 'planned',
-           'pairs', 'on_whole', 'of_dataset', 'for_amplification', 'for_faces', 'for_debiasing', 'for_images',
-           'for_sensitivity', 'for_fairness', 'for_labels', 'judged_by', 'for_judges', 'ways_of', 'for_distillers',
-           'for_nothing', 'for_claims', 'at_one_ratio', 'check_axes', 'cells', 'sweep', 'shown', 'hash_of', 'at_hand',
-           'row_seconds', 'estimates', 'estimate']
+           'STRONG_WAYS', 'NEEDS', 'ASKED_FOR', 'EVERYBODY', 'HEADLINE', 'LIKE', 'setting', 'cell_name', 'run_of',
+           'planned', 'pairs', 'on_whole', 'of_dataset', 'for_amplification', 'for_faces', 'for_debiasing',
+           'for_images', 'for_sensitivity', 'for_fairness', 'for_labels', 'judged_by', 'for_judges', 'ways_of',
+           'for_distillers', 'for_nothing', 'for_claims', 'for_peers', 'at_one_ratio', 'check_axes', 'cells', 'sweep',
+           'shown', 'hash_of', 'at_hand', 'row_seconds', 'estimates', 'estimate']
 
 # %% ../../nbs/results/05_sweep.ipynb #dd9ec7fb
 import functools, hashlib, json
@@ -56,31 +56,35 @@ def run_of(
 
 # %% ../../nbs/results/05_sweep.ipynb #58f23851
 @functools.cache
-def _planned(items:tuple, profile:str)->Run: return complete(**dict(items), profile=profile)
+def _planned(items:tuple)->Run: return complete(**dict(items))
 
 def planned(
     profile:str, # of `PROFILES`
-    **settings,  # what differs from the profile's defaults
+    /,
+    **settings,  # what differs from the profile's defaults; a profile among them goes before
 )->Run:          # complete
     "The run of a cell."
-    return _planned(tuple(settings.items()), profile)
+    return _planned(tuple((dict(profile=profile) | settings).items()))
 
 # %% ../../nbs/results/05_sweep.ipynb #c2dc004a
 FULL = dict(conflicts=(.01,.02,.05), ipcs=(1,10,50), ipc=10, debias_ipcs=(10,50), whole=(.005,.01,.02,.05),
             variances=(.01,.05,.2,1.), taus=(.5,1.,2.), encoder_taus=(.1,.5,1.), encoder_steps=(50,150,600),
             fair_ipcs=(10,50), known=(.05,.1,.25,.5,1.), wrong=(0.,.1,.25,.5), judged_ipcs=(10,50), judged_epochs=1000,
             fair_sets=('cmnist_fg','cmnist_bg','cfmnist_fg','cfmnist_bg','cifar10_s','utkface_race'), strong=None,
-            labels_sets=('cmnist_fg','cifar10_s'), judged_sets=('cmnist','bg_fmnist'), fair={}, fair_steps={})
+            labels_sets=('cmnist_fg','cifar10_s'), judged_sets=('cmnist','bg_fmnist'), fair={}, fair_steps={},
+            peers=dict(profile='paper'))
 SMOKE = dict(conflicts=(.05,), ipcs=(1,), ipc=1, debias_ipcs=(1,), whole=(.05,), strong=('DM, four images in one',),
              variances=(.05,.2), taus=(1.,), encoder_taus=(.5,), encoder_steps=(5,10),
              fair_ipcs=(1,), known=(.25,1.), wrong=(0.,.25), judged_ipcs=(1,), judged_epochs=6,
-             fair_sets=('cmnist_fg',), labels_sets=('cmnist_fg',), judged_sets=('cmnist',), fair={}, fair_steps={})
+             fair_sets=('cmnist_fg',), labels_sets=('cmnist_fg',), judged_sets=('cmnist',), fair={}, fair_steps={},
+             peers={})
 # a twelfth of the matching, for many sets; what that costs stands in paper_figures/profile.ipynb
 HALF = dict(fair=dict(width=64, eval_width=128, eval_networks=2), fair_steps=dict(iterations=100))
 SCALES = dict(laptop=FULL|HALF, paper=FULL, smoke=SMOKE)
 SETS = ('cmnist','bg_fmnist','corrupted_cifar10')
 UNBIASED = .9   # of ten bias values, nine in ten differ from the class's own: the bias says nothing
 
+# %% ../../nbs/results/05_sweep.ipynb #62ff55f0
 # pairs of a distiller and a weighting
 PLAINLY = (('random','uniform'), ('dm','uniform'), ('dm','kde'))
 TABLE_METHODS = (*PLAINLY, ('dsa','uniform'), ('dsa','kde'), ('dm','oracle'))
@@ -232,6 +236,13 @@ def for_claims(
     others = [NEEDS[name] for name in EVERYBODY if name!='table_claims']
     return sum([need(s) for need in others], [])
 
+def for_peers(
+    s:dict, # of `SCALES`
+)->list:    # of settings
+    "The paper's first numbers: of the quick profile, and as the peers take them."
+    at = dict(dataset='cmnist', conflict=.05, ipc=s['judged_ipcs'])
+    return pairs(PLAINLY[1:], **at) + [o | s['peers'] for o in pairs(PLAINLY[1:], **at)]
+
 # %% ../../nbs/results/05_sweep.ipynb #8507d468
 def at_one_ratio(
     **axes,  # setting=value, or setting=(values)
@@ -245,6 +256,7 @@ NEEDS = dict( # notebook -> function from a scale to settings
     **{f'table_{o}': functools.partial(of_dataset, name=o) for o in SETS},
     table_faces=functools.partial(for_faces, name='utkface'),
     table_bffhq=functools.partial(for_faces, name='bffhq'),
+    table_paper=for_peers,
     table_debias_after=for_debiasing,
     table_fair=for_fairness,
     figure_labels=for_labels,
@@ -258,7 +270,8 @@ NEEDS = dict( # notebook -> function from a scale to settings
     table_cross_architecture=at_one_ratio(dataset=SETS[:2], weighting=('uniform','kde'), network=ARCHITECTURES),
     table_claims=for_claims,
     findings=for_nothing)
-EVERYBODY = tuple(name for name in NEEDS if name!='table_bffhq') # notebooks that are made where nothing is said
+ASKED_FOR = ('table_bffhq','table_paper') # by name alone: one wants a download, the other a GPU
+EVERYBODY = tuple(name for name in NEEDS if name not in ASKED_FOR)
 
 # %% ../../nbs/results/05_sweep.ipynb #5c40b336
 HEADLINE = pairs([('dm','uniform'), ('dm','kde')], dataset='cmnist', conflict=.05, ipc=(10,50))
