@@ -19,7 +19,7 @@ def test_a_cluster_whose_controller_is_killed(copy, cluster):
     shutil.copytree(copy, local)
     what = ('--config','profile=smoke','datasets=cmnist','seeds=0,1','row_threads=1','--','table_judges')
     def told(text): print(f'{time.monotonic()-begin:4.0f} s  {text}; queue: {cluster.jobs()}', flush=True)
-    def running(seed): return (copy/f'smoke/runs/rows_cmnist_5pct_seed{seed}.log').exists()
+    def running(seed): return (copy/f'smoke/runs/rows_cmnist_5pct_smoke_seed{seed}.log').exists()
     def done(folder, seed): return len(list((folder/'smoke/rows').glob(f'*-seed{seed}-*.json')))
     snakemake(*what, cwd=local)
     each = done(local, 0)

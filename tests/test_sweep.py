@@ -35,7 +35,7 @@ def test_the_pages_in_words_are_made_from_rows_alone(tmp_path):
     text = (tmp_path/'empty/findings.md').read_text()
     assert 'networks)' not in text and '–' in text and 'nan' not in text.split() and 'papermill' not in text
 
-@pytest.mark.parametrize('name', ['profile','table_verdict','table_audit'])
+@pytest.mark.parametrize('name', ['profile','cost','table_verdict','table_audit'])
 def test_studies_are_read_from_committed_rows(name, tmp_path):
     "What was measured once is shown again, claims and all, without data; as the committed page shows it."
     p = papermill(ROOT/f'paper_figures/{name}.ipynb', tmp_path/'o.ipynb', cwd=ROOT/'paper_figures')
@@ -44,6 +44,13 @@ def test_studies_are_read_from_committed_rows(name, tmp_path):
         shown = [o['data'] for c in json.loads(Path(path).read_text())['cells'] for o in c.get('outputs', []) if o['output_type']=='execute_result']
         return [''.join(o.get('text/markdown') or o['text/plain']) for o in shown]
     assert said(tmp_path/'o.ipynb') == said(ROOT/f'paper_figures/{name}.ipynb')
+
+def test_what_the_grid_costs_is_measured(tmp_path):
+    given = dict(measure=True, profile='smoke', steps=1, passes=1, out_dir=tmp_path)
+    p = papermill(ROOT/'paper_figures/cost.ipynb', tmp_path/'o.ipynb', *sum((['-p', k, str(v)] for k,v in given.items()), []), cwd=tmp_path)
+    assert p.returncode == 0, p.stderr[-3000:]
+    cost = json.loads((tmp_path/'cost.json').read_text())
+    assert cost['how'] == 'cpu eager' and set(cost['seconds']) == {'distill','judge, IPC 10','judge, IPC 50'} and min(cost['seconds'].values()) > 0
 
 @pytest.mark.parametrize('given, says', [(['profle','smoke'], "did you mean 'profile'"), (['datasets','cmnst'], "did you mean 'cmnist'"), (['out','/proc/nowhere'], "can't be written to")])
 def test_a_wrong_parameter_of_a_page(given, says, tmp_path):
@@ -104,7 +111,7 @@ def test_a_row_once_a_kill_and_two_at_once(copy):
     assert sum('parameters' in c['metadata'].get('tags', []) for c in page['cells']) == 1
     assert set(jobs(snakemake('-n', *smoke, target, cwd=copy))) <= {target}
     row, = (copy/'smoke/rows').glob('*.json'); row.unlink(); shutil.rmtree(copy/'smoke/runs')
-    assert jobs(snakemake('-n', *smoke, target, cwd=copy)) == {'rows_cmnist_5pct_seed0': 1, f'page_{target}': 1, target: 1}
+    assert jobs(snakemake('-n', *smoke, target, cwd=copy)) == {'rows_cmnist_5pct_smoke_seed0': 1, f'page_{target}': 1, target: 1}
     p = subprocess.Popen([sys.executable,'-m','snakemake',*smoke,target], cwd=copy, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     until = time.monotonic()+LIMIT
     while not list((copy/'smoke/runs').glob('*.log')):

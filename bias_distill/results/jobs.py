@@ -11,6 +11,7 @@ from pathlib import Path
 from ..data.kept import write_atomic
 from ..data.names import lookup
 from ..experiment.experiment import experiment
+from ..experiment.forecast import card_seconds
 from ..experiment.settings import Run
 from .sweep import NEEDS, cell_name, estimates, run_of, sweep
 
@@ -20,8 +21,8 @@ def job_name(
 )->str:      # 'cmnist-5pct-seed0'
     "The name of the job that makes a cell."
     share = '' if run.conflict is None else f'{run.conflict*100:g}pct'
-    split = '' if run.split=='test' else run.split
-    return '-'.join(o for o in (run.dataset, share, split, f'seed{run.seed}') if o)
+    split, profile = ('' if v==usual else v for v,usual in ((run.split,'test'), (run.profile,'laptop')))
+    return '-'.join(o for o in (run.dataset, share, split, profile, f'seed{run.seed}') if o)
 
 def jobs(
     runs:dict, # name of a cell -> its run, as `sweep` gives them
@@ -37,9 +38,10 @@ def job_seconds(
     rows,            # at hand: frame, or list of dicts
     start:float=60., # seconds to start a job: imports, data, compiling
 )->float|None:       # seconds; None where there are no rows of a profile
-    "Seconds that a job will take, from the rows most like its cells."
+    "Seconds that a job will take, from the rows most like its cells; of the peers' protocol by count, if there are none."
     each = estimates(runs, rows, 0)
-    return None if None in each else start+sum(each)
+    if None not in each: return start+sum(each)
+    return start+card_seconds(runs) if runs[0].profile=='paper' else None
 
 # %% ../../nbs/results/07_jobs.ipynb #006907dd
 def each_row(
