@@ -281,8 +281,8 @@ def labels_table(
     lines |= {f'all, {100*k:g} % of them wrong': dict(weighting='fairdd', labels_wrong=k) for k in s['wrong'] if k}
     lines |= {f'none: {title}': dict(weighting=o['weighting']) for title,o in by_method(figures.FREE).items()}
     def column(name):
-        at = dict(dataset=name, ipc=s['ipc'], distiller='dm')
-        return [fair_cell(page.find(**at, **s['fair'], **s['fair_steps'], **o)) for o in lines.values()]
+        at = dict(dataset=name, ipc=s['ipc'], distiller='dm') | s['fair'] | s['fair_steps'].get(s['ipc'], {})
+        return [fair_cell(page.find(**at, **o)) for o in lines.values()]
     table = DataFrame({title: column(o['dataset']) for title,o in by_dataset(sets).items()}, list(lines))
     return page.table(table, 'DM + FairDD, told') if sets else page.text('')
 

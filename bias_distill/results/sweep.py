@@ -79,7 +79,9 @@ SMOKE = dict(conflicts=(.05,), ipcs=(1,), ipc=1, debias_ipcs=(1,), whole=(.05,),
              fair_sets=('cmnist_fg',), labels_sets=('cmnist_fg',), judged_sets=('cmnist',), fair={}, fair_steps={},
              peers={})
 # a twelfth of the matching, for many sets; what that costs stands in paper_figures/profile.ipynb
-HALF = dict(fair=dict(width=64, eval_width=128, eval_networks=2), fair_steps=dict(iterations=100))
+# of five times the images each has a fifth of the gradient: the rate makes up for it
+HALF = dict(fair=dict(width=64, eval_width=128, eval_networks=2),
+            fair_steps={10: dict(iterations=100), 50: dict(iterations=100, lr_img=50.)})
 SCALES = dict(laptop=FULL|HALF, paper=FULL, smoke=SMOKE)
 SETS = ('cmnist','bg_fmnist','corrupted_cifar10')
 UNBIASED = .9   # of ten bias values, nine in ten differ from the class's own: the bias says nothing
@@ -169,15 +171,16 @@ def for_fairness(
     s:dict, # of `SCALES`
 )->list:    # of settings
     "Our methods and FairDD on the sets of FairDD, and the whole sets."
-    at = dict(dataset=s['fair_sets'], ipc=s['fair_ipcs']) | s['fair']
+    at = dict(dataset=s['fair_sets']) | s['fair']
     chosen, matched = ([m for m in FAIR_METHODS if (m[0]=='dm')==dm] for dm in (False, True))
-    return pairs(chosen, **at) + pairs(matched, **at, **s['fair_steps']) + on_whole(dataset=s['fair_sets'], **s['fair'])
+    each = [pairs(matched, ipc=i, **at, **s['fair_steps'].get(i, {})) for i in s['fair_ipcs']]
+    return pairs(chosen, ipc=s['fair_ipcs'], **at) + sum(each, []) + on_whole(**at)
 
 def for_labels(
     s:dict, # of `SCALES`
 )->list:    # of settings
     "FairDD with few labels and with wrong ones, beside what reads none."
-    at = dict(dataset=s['labels_sets'], ipc=s['ipc'], distiller='dm') | s['fair'] | s['fair_steps']
+    at = dict(dataset=s['labels_sets'], ipc=s['ipc'], distiller='dm') | s['fair'] | s['fair_steps'].get(s['ipc'], {})
     told = dict(labels_known=s['known']), dict(labels_wrong=s['wrong'])
     return grid(**at, weighting=('kde','gap_draw')) + sum([grid(**at, weighting='fairdd', **o) for o in told], [])
 
