@@ -12,7 +12,7 @@ TIMES = ('seconds','memory_mb','peak_memory_mb','made','commit')
 def papermill(notebook, out, *args, cwd):
     return subprocess.run([sys.executable,'-m','papermill',str(notebook),str(out),'--no-progress-bar',*args], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=LIMIT)
 
-@pytest.mark.parametrize('name', ['table_weightings','table_debias_after','table_fair','figure_labels','table_judges','table_claims'])
+@pytest.mark.parametrize('name', ['table_weightings','table_debias_after','table_fair','figure_labels','table_judges','table_paper','table_claims'])
 def test_pages_are_made_from_rows_alone(name, tmp_path):
     "From the committed rows, the committed page; and from none, where every cell is a dash and its command is given."
     shutil.copytree(ROOT/'paper_figures/rows', tmp_path/'full/rows'); (tmp_path/'empty').mkdir()
@@ -50,7 +50,7 @@ def test_what_the_grid_costs_is_measured(tmp_path):
     p = papermill(ROOT/'paper_figures/cost.ipynb', tmp_path/'o.ipynb', *sum((['-p', k, str(v)] for k,v in given.items()), []), cwd=tmp_path)
     assert p.returncode == 0, p.stderr[-3000:]
     cost = json.loads((tmp_path/'cost.json').read_text())
-    assert cost['how'] == 'cpu eager' and set(cost['seconds']) == {'distill','judge, IPC 10','judge, IPC 50'} and min(cost['seconds'].values()) > 0
+    assert 'eager' in cost['how'] and set(cost['seconds']) == {'distill','judge, IPC 10','judge, IPC 50'} and min(cost['seconds'].values()) > 0
 
 @pytest.mark.parametrize('given, says', [(['profle','smoke'], "did you mean 'profile'"), (['datasets','cmnst'], "did you mean 'cmnist'"), (['out','/proc/nowhere'], "can't be written to")])
 def test_a_wrong_parameter_of_a_page(given, says, tmp_path):
@@ -99,6 +99,8 @@ def test_dry_runs(copy):
     assert sorted(sum(asked(paper), [])) == sorted(map(cell_name, cells('table_cmnist', 'paper', headline=(1,2)))) and len(asked(paper)) == 5
     smoke = snakemake('-n','-p','--workflow-profile','profiles/smoke', cwd=copy); assert len(sum(asked(smoke), [])) == len(cells('table_claims', 'smoke', ('cmnist','cmnist_fg'))) and all(jobs(smoke)[f'page_{n}'] == 1 for n in EVERYBODY)
     assert 'rows_bffhq_0_5pct_seed0' in jobs(snakemake('-n','table_bffhq', cwd=copy)) and not any('bffhq' in o for o in jobs(snakemake('-n', cwd=copy)))
+    assert set(jobs(snakemake('-n','table_paper', cwd=copy))) >= {'rows_cmnist_5pct_seed0','rows_cmnist_5pct_paper_seed0'}
+    assert set(jobs(snakemake('-n','--config','profile=paper','--','table_paper', cwd=copy))) >= {'rows_cmnist_5pct_paper_seed0'}
     assert 'table_cmnst' in snakemake('-n','table_cmnst', cwd=copy, ok=False)
     assert "did you mean 'seeds'" in snakemake('-n','--config','seed=1', cwd=copy, ok=False)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'TRAINING', 'PASSES', 'GRAPHS', 'FACES', 'SIZES', 'H100', 'dm_passes', 'matching_passes', 'expert_passes',
-           'trajectory_passes', 'teacher_passes', 'pool_passes', 'judging_passes', 'view_passes', 'outline', 'Size',
-           'image_operations', 'operations', 'card_seconds']
+           'trajectory_passes', 'teacher_passes', 'pool_passes', 'once', 'distilling_passes', 'viewers',
+           'judging_passes', 'view_passes', 'outline', 'Size', 'image_operations', 'operations', 'card_seconds']
 
 # %% ../../nbs/experiment/08_forecast.ipynb #8a734a8c
 import time, torch
@@ -15,7 +15,7 @@ from ..distill.factor import held
 from ..distill.mtt import SGD_BATCH
 from ..distill.rded import CROPS, POOL
 from .experiment import Experiment
-from .store import WEIGHED, side_by_side, total_steps
+from .store import WEIGHED, side_by_side, stage_key, total_steps
 from .tables import DEBIASERS, DISTILLERS, NETWORKS, VIEWS, WEIGHTINGS
 from ..networks.convnet import network_for
 from ..networks.fast import compiled, features
@@ -52,10 +52,10 @@ def trajectory_passes(
     e:Experiment, # whose images pass
     runs:list,    # distilled side by side
 )->tuple:         # images through a fast, and through an exact network
-    "MTT: training of the experts; the student there and back."
+    "MTT: the student there and back."
     r = runs[0]
     student = total_steps(r)*r.student_steps*min(e.classes*held(r.ipc, r.factor), SGD_BATCH)*12
-    return len(runs)*expert_passes(e, r), len(runs)*student
+    return 0, len(runs)*student
 
 # %% ../../nbs/experiment/08_forecast.ipynb #d265516d
 def teacher_passes(
@@ -70,14 +70,37 @@ def pool_passes(
     e:Experiment, # whose images pass
     runs:list,    # distilled side by side
 )->tuple:         # images through a fast, and through an exact network
-    "Pool: for each weighting its pool and the real images; the synthetic ones there and back, twice if calibrated."
+    "Pool: for each weighting its real images; the synthetic ones there and back, twice if calibrated."
     r, apart = runs[0], len({tuple(getattr(o, k) for k in WEIGHED) for o in runs})
     syn = (2 if r.calibration else 1)*IMAGES*sum(held(o.ipc, o.factor) for o in runs)
-    return apart*expert_passes(e, r) + total_steps(r)*e.classes*(apart*r.batch_real + syn), 0
+    return total_steps(r)*e.classes*(apart*r.batch_real + syn), 0
 
 PASSES = dict(dm=dm_passes, dc=matching_passes, dsa=matching_passes, mtt=trajectory_passes, pool=pool_passes,
               rded=teacher_passes)
 def _no_passes(e, runs): return 0, 0   # for images that are not distilled, and for what is not in the table
+
+def once(
+    runs:list, # of one experiment
+    stage,     # function of a run to its stage's name, or None for a run without it
+)->list:       # of runs
+    "Of the runs that share a stage, and so its file, one."
+    return list({stage_key(r, stage(r), ''): r for r in reversed(runs) if stage(r)}.values())[::-1]
+
+def distilling_passes(
+    e:Experiment, # whose images pass
+    runs:list,    # of it
+)->list:          # of (width, images through a fast, and through an exact network)
+    "Distilling: what runs with several judges, or several metrics on a pool, have in common counts once."
+    groups = side_by_side(once(runs, lambda r: 'distill'))
+    found = [(g[0].width, *PASSES.get(g[0].distiller, _no_passes)(e, g)) for g in groups]
+    trained = once(runs, lambda r: 'experts0' if DISTILLERS[r.distiller].experts else None)
+    return found + [(r.width, expert_passes(e, r), 0) for r in trained]
+
+def viewers(
+    runs:list, # of one experiment
+)->list:       # of runs, one a view
+    "Runs whose views differ."
+    return once(runs, lambda r: WEIGHTINGS[r.weighting].view)
 
 # %% ../../nbs/experiment/08_forecast.ipynb #b49e1717
 @patch
@@ -128,13 +151,10 @@ def estimate(self:Experiment)->float: # seconds
         if (width, exact) not in took: took[width, exact] = self._time(width, exact)
         return took[width, exact][0]
     total = 0.
-    for group in side_by_side(todo):
-        fast, exact = PASSES.get(group[0].distiller, _no_passes)(self, group)
-        width = group[0].width
+    for width,fast,exact in distilling_passes(self, todo):
         total += fast*rate(width) + (exact*rate(width, True) if exact else 0)
     total += sum(judging_passes(self, o)*rate(o.eval_width or o.width) for o in todo)
-    views = {WEIGHTINGS[o.weighting].view: o for o in todo}
-    total += sum(view_passes(self, o) for o in views.values())*rate(r.width)*r.encoder_width/r.width
+    total += sum(view_passes(self, o)*o.encoder_width for o in viewers(todo))*rate(r.width)/r.width
     return 10+total+GRAPHS*list(took.values())[-1][1]
 
 # %% ../../nbs/experiment/08_forecast.ipynb #50ac5a8a
@@ -188,11 +208,10 @@ def operations(
 )->dict:             # 'view', 'distill', 'judge' -> operations
     "What the stages of some runs cost, by count."
     size, ops = size or SIZES.get(runs[0].dataset, Size()), dict(view=0., distill=0., judge=0.)
-    for group in side_by_side(runs):
-        passes = sum(PASSES.get(group[0].distiller, _no_passes)(size, group))
-        ops['distill'] += passes*image_operations(group[0].width, size.side)
+    for width,*passes in distilling_passes(size, runs):
+        ops['distill'] += sum(passes)*image_operations(width, size.side)
     for o in runs: ops['judge'] += judging_passes(size, o)*image_operations(o.eval_width or o.width, size.side)
-    for o in {WEIGHTINGS[o.weighting].view: o for o in runs}.values():
+    for o in viewers(runs):
         ops['view'] += view_passes(size, o)*image_operations(o.encoder_width, size.side)
     return ops
 

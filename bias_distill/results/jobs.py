@@ -13,6 +13,7 @@ from ..data.names import lookup
 from ..experiment.experiment import experiment
 from ..experiment.forecast import card_seconds
 from ..experiment.settings import Run
+from .rows import frame
 from .sweep import NEEDS, cell_name, estimates, run_of, sweep
 
 # %% ../../nbs/results/07_jobs.ipynb #4908a809
@@ -38,10 +39,12 @@ def job_seconds(
     rows,            # at hand: frame, or list of dicts
     start:float=60., # seconds to start a job: imports, data, compiling
 )->float|None:       # seconds; None where there are no rows of a profile
-    "Seconds that a job will take, from the rows most like its cells; of the peers' protocol by count, if there are none."
-    each = estimates(runs, rows, 0)
-    if None not in each: return start+sum(each)
-    return start+card_seconds(runs) if runs[0].profile=='paper' else None
+    """Seconds that a job will take, from the rows most like its cells; by count where it is of the peers' protocol, and
+    there are none of a distiller."""
+    each, rows = estimates(runs, rows, 0), frame(rows)
+    known, paper = {*zip(rows.profile, rows.distiller)}, runs[0].profile=='paper'
+    if paper and not {(r.profile, r.distiller) for r in runs} <= known: return start+card_seconds(runs)
+    return None if None in each else start+sum(each)
 
 # %% ../../nbs/results/07_jobs.ipynb #006907dd
 def each_row(

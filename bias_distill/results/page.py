@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, PIL.Image
 from IPython.display import Image, Markdown
 from fastcore.basics import patch
-from pandas import DataFrame, MultiIndex, concat
+from pandas import DataFrame, MultiIndex, Series, concat
 from safetensors.torch import load_file
 from ..data.kept import write_atomic, write_figure
 from ..data.names import lookup, unknown
@@ -108,9 +108,10 @@ def missing(
     if not todo: return f'All {len(runs)} cells have a row.'
     before = sum(setting(earlier(r)) in have for r in todo)
     marked = f'; {before} others show one of the profile as it was before, marked °'*bool(before)
-    known = [s for s in estimates(todo, rows) if s is not None]
-    hours = sum(known)/len(known)*len(todo)/3600 if known else None
-    about = f'; about {hours:.1f} hours on the machine that made the others' if known else ''
+    seconds = Series([r.profile for r in todo]), Series(estimates(todo, rows), dtype=float)
+    known = seconds[1].groupby(seconds[0]).agg(['mean','size']).dropna()  # of a profile without rows nothing is known
+    hours = (known['mean']*known['size']).sum()/3600
+    about = f'; about {hours:.1f} hours on the machine that made the others' if len(known) else ''
     return (f'{len(runs)-len(todo)} of {len(runs)} cells have a row{marked}{about}. '
             f'Each of these makes one that is missing; `snakemake {name}` makes them all:\n\n'
             f'<details><summary>{len(todo)} commands</summary>\n\n```sh\n'
@@ -340,6 +341,7 @@ def peers_table(
     def line(o):
         at = dict(dataset='cmnist', conflict=.05) | o
         return [*(cell(page.find(**at, **c)) for c in columns.values()), in_paper(page, **at)]
+    if not wanted(page, ['cmnist']): return page.text('')
     return page.table(DataFrame(map(line, lines.values()), list(lines), [*columns, '*the paper*']), 'accuracy in %')
 
 # %% ../../nbs/results/06_page.ipynb #784f60bb

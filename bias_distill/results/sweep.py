@@ -305,7 +305,7 @@ def cells(
     datasets = check_axes(datasets, seeds, headline)
     wanted = [o for o in need(SCALES[profile]) if not datasets or o['dataset'] in datasets]
     first = dict.fromkeys(planned(profile, **o) for o in wanted)
-    often = {planned(profile, **o) for o in HEADLINE}
+    often = {planned(profile, **(o | p)) for o in HEADLINE for p in ({}, SCALES[profile]['peers'])}
     runs = [r.but(seed=s) for r in first for s in dict.fromkeys((*seeds, *(headline if r in often else ())))]
     return list({cell_name(r): r for r in runs}.values())
 
