@@ -14,7 +14,8 @@ from bias_distill.distill.mtt import snapshot, train_experts
 from bias_distill.distill.pool import METRICS, Matcher, blend, calibration_loss, ecf, ecf_distance, match_loss, pool
 from bias_distill.experiment import experiment
 from bias_distill.experiment.experiment import Experiment, stages
-from bias_distill.experiment.forecast import expert_passes, outline, pool_passes
+from bias_distill.experiment.forecast import outline
+from bias_distill.experiment.passes import expert_passes, pool_passes
 from bias_distill.experiment.params import runs_of
 from bias_distill.experiment.settings import complete
 from bias_distill.experiment.store import arguments

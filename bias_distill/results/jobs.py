@@ -11,7 +11,7 @@ from pathlib import Path
 from ..data.kept import write_atomic
 from ..data.names import lookup
 from ..experiment.experiment import experiment
-from ..experiment.forecast import card_seconds
+from ..experiment.passes import card_seconds
 from ..experiment.settings import Run
 from .rows import frame
 from .sweep import NEEDS, cell_name, estimates, run_of, sweep
