@@ -108,10 +108,11 @@ def missing(
     if not todo: return f'All {len(runs)} cells have a row.'
     before = sum(setting(earlier(r)) in have for r in todo)
     marked = f'; {before} others show one of the profile as it was before, marked °'*bool(before)
-    seconds = Series([r.profile for r in todo]), Series(estimates(todo, rows), dtype=float)
-    known = seconds[1].groupby(seconds[0]).agg(['mean','size']).dropna()  # of a profile without rows nothing is known
-    hours = (known['mean']*known['size']).sum()/3600
-    about = f'; about {hours:.1f} hours on the machine that made the others' if len(known) else ''
+    each = DataFrame(dict(profile=[r.profile for r in todo], took=Series(estimates(todo, rows), dtype=float)))
+    known = each.groupby('profile').took.agg(['mean','size']).dropna()
+    hours, unknown = (known['mean']*known['size']).sum()/3600, sorted({*each.profile}-{*known.index})
+    apart = f" (those of profile {', '.join(unknown)} apart)"*bool(unknown)
+    about = f'; about {hours:.1f} hours on the machine that made the others{apart}' if len(known) else ''
     return (f'{len(runs)-len(todo)} of {len(runs)} cells have a row{marked}{about}. '
             f'Each of these makes one that is missing; `snakemake {name}` makes them all:\n\n'
             f'<details><summary>{len(todo)} commands</summary>\n\n```sh\n'

@@ -79,7 +79,7 @@ SMOKE = dict(conflicts=(.05,), ipcs=(1,), ipc=1, debias_ipcs=(1,), whole=(.05,),
              fair_sets=('cmnist_fg',), labels_sets=('cmnist_fg',), judged_sets=('cmnist',), fair={}, fair_steps={},
              peers={})
 # a twelfth of the matching, for many sets; what that costs stands in paper_figures/profile.ipynb
-# of five times the images each has a fifth of the gradient: the rate makes up for it
+# an image's gradient shrinks with their number: the rate makes up for it (paper_figures/profile.ipynb)
 HALF = dict(fair=dict(width=64, eval_width=128, eval_networks=2),
             fair_steps={10: dict(iterations=100), 50: dict(iterations=100, lr_img=50.)})
 SCALES = dict(laptop=FULL|HALF, paper=FULL, smoke=SMOKE)
