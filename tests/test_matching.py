@@ -1,9 +1,8 @@
 "Gradient and trajectory matching: their gradients are derivatives, a killed run ends like an undisturbed one, a diverging one keeps what it had."
-import copy, json, math, subprocess, sys
+import copy, json, math
 from dataclasses import replace
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
-from conftest import LIMIT
 from safetensors.torch import load_file
 from bias_distill.experiment import experiment
 from bias_distill.data.names import seeded
@@ -15,7 +14,8 @@ from bias_distill.data.kept import load_tensors, save_tensors
 from bias_distill.distill.mtt import Trajectories, steps, trajectory_gradients
 from bias_distill.experiment.watch import peak_memory
 from bias_distill.networks.convnet import ConvNet
-from test_run import ROOT, environment, finish, job, results
+from notebooks import execute, texts
+from test_run import finish, job, results
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
@@ -191,17 +191,11 @@ def test_experts_that_diverge_are_said_so(tmp_path):
 
 @pytest.mark.compiled
 @pytest.mark.parametrize('distiller', ['dsa','mtt'])
-def test_papermill(distiller, tmp_path):
-    args = [f'-p {k} {v}'.split() for k,v in dict(profile='smoke', ipc=2, distiller=distiller, out_dir=tmp_path/'runs').items()]
-    p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum(args, [])],
-                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
-    assert p.returncode == 0, p.stderr[-3000:]
-    assert len(results(tmp_path/'runs')[0]) == 2 and distiller.upper()+' + KDE' in (tmp_path/'out.ipynb').read_text()
+def test_the_main_job(distiller, tmp_path):
+    nb = execute('nbs/run.ipynb', profile='smoke', ipc=2, distiller=distiller, out_dir=tmp_path/'runs')
+    assert len(results(tmp_path/'runs')[0]) == 2 and distiller.upper()+' + KDE' in '\n'.join(texts(nb))
 
 def test_benchmark_runs(tmp_path):
-    args = [f'-p {k} {v}'.split() for k,v in dict(width=8, batch_real=16, ipc=2, inner_epochs=1, repeats=1, out_dir=tmp_path).items()]
-    p = subprocess.run([sys.executable,'-m','papermill','paper_figures/benchmark_dsa.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum(args, [])],
-                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
-    assert p.returncode == 0, p.stderr[-3000:]
+    execute('paper_figures/benchmark_dsa.ipynb', width=8, batch_real=16, ipc=2, inner_epochs=1, repeats=1, out_dir=tmp_path)
     row = json.loads((tmp_path/'benchmark_dsa.json').read_text())
     assert set(row['ratio']) == {'matching','training','outer step'} and row['relative_difference']['parameters_max'] < .01

@@ -1,8 +1,7 @@
 "Matching on a pool: characteristic functions by the definition, DM where nothing was trained, a killed run that ends like another, and what is refused."
-import cmath, json, shutil, subprocess, sys
+import cmath, json, shutil
 from dataclasses import replace
 import pytest, torch, torch.nn.functional as F
-from conftest import LIMIT
 from safetensors.torch import load_file
 from bias_distill.data.kept import load_tensors
 from bias_distill.data.names import seeded
@@ -23,7 +22,8 @@ from bias_distill.experiment.tables import DISTILLERS
 from bias_distill.networks.convnet import ConvNet, network_for
 from bias_distill.weights.weighting import Weighting, fixed, uniform
 from test_matching import Killed, killer
-from test_run import ROOT, environment, finish, job, results
+from notebooks import execute, texts
+from test_run import finish, job, results
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
@@ -224,11 +224,9 @@ def test_divergence_is_said(bad, word, tmp_path):
         assert x.isfinite().all() and x.min() >= 0 and x.max() <= 1
 
 @pytest.mark.compiled
-def test_papermill(tmp_path):
+def test_the_main_job(tmp_path):
     given = dict(profile='smoke', ipc=2, distiller='pool', metric='ecf', weighting='gap_draw', compare='uniform,kde', out_dir=tmp_path/'runs')
-    p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum((['-p',k,str(v)] for k,v in given.items()), [])],
-                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
-    assert p.returncode == 0, p.stderr[-3000:]
+    nb = execute('nbs/run.ipynb', **given)
     rows = results(tmp_path/'runs')[0]
     assert {r['weighting'] for r in rows.values()} == {'uniform','kde','gap_draw'} and {r['metric'] for r in rows.values()} == {'ecf'}
-    assert 'pool + gap in the draw (ours)' in (tmp_path/'out.ipynb').read_text()
+    assert 'pool + gap in the draw (ours)' in '\n'.join(texts(nb))

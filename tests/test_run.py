@@ -1,9 +1,9 @@
 "The main job, as users start it; and what it promises: killed and resumed, twice at once, or again, the result is the same."
 import json, os, signal, subprocess, sys, time
 from dataclasses import replace
-from pathlib import Path
 import numpy as np, pytest, torch
 from conftest import LIMIT
+from notebooks import ROOT, execute
 from safetensors.torch import load_file
 from bias_distill.experiment import experiment
 from bias_distill.data.names import seeded
@@ -18,7 +18,6 @@ from bias_distill.networks.testing import predict
 from bias_distill.networks.training import train
 
 pytestmark = pytest.mark.compiled   # the main job, and its promises about bits, as users run it
-ROOT = Path(__file__).resolve().parents[1]
 TIMES = ('seconds','memory_mb','peak_memory_mb','made')
 RUN = dict(profile='smoke', ipc=2, iterations=30)
 
@@ -276,9 +275,6 @@ def test_compiled_training_agrees_with_eager():
     ('benchmark', dict(width=8, batch_real=8, ipc=2, repeats=2), {'plain','fast'}),
     ('benchmark_company', dict(width=8, batch_real=8, ipcs='1,2', repeats=1), {'one_by_one','together'})])
 def test_benchmark_runs(name, given, ways, tmp_path):
-    args = [f'-p {k} {v}'.split() for k,v in (given | dict(out_dir=tmp_path)).items()]
-    p = subprocess.run([sys.executable,'-m','papermill',f'paper_figures/{name}.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*sum(args, [])],
-                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
-    assert p.returncode == 0, p.stderr[-3000:]
+    execute(f'paper_figures/{name}.ipynb', **given, out_dir=tmp_path)
     row = json.loads((tmp_path/f'{name}.json').read_text())
     assert row['ratio'] > 0 and row.get('cosine', 1) > .95 and set(row['seconds']) == ways

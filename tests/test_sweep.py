@@ -5,20 +5,16 @@ import pytest
 from conftest import LIMIT
 from bias_distill.experiment.settings import complete
 from bias_distill.results.sweep import EVERYBODY, cell_name, cells, run_of
-from test_run import ROOT, environment
+from notebooks import ROOT, execute, texts
+from test_run import environment
 
 TIMES = ('seconds','memory_mb','peak_memory_mb','made','commit')
-
-def papermill(notebook, out, *args, cwd):
-    return subprocess.run([sys.executable,'-m','papermill',str(notebook),str(out),'--no-progress-bar',*args], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=LIMIT)
 
 @pytest.mark.parametrize('name', ['table_weightings','table_debias_after','table_fair','figure_labels','table_judges','table_paper','table_claims'])
 def test_pages_are_made_from_rows_alone(name, tmp_path):
     "From the committed rows, the committed page; and from none, where every cell is a dash and its command is given."
     shutil.copytree(ROOT/'paper_figures/rows', tmp_path/'full/rows'); (tmp_path/'empty').mkdir()
-    for out in ('full','empty'):
-        p = papermill(ROOT/f'paper_figures/{name}.ipynb', tmp_path/f'{out}.ipynb', '-p','out',str(tmp_path/out), cwd=tmp_path)
-        assert p.returncode == 0, p.stderr[-3000:]
+    for out in ('full','empty'): execute(f'paper_figures/{name}.ipynb', tmp_path, out=tmp_path/out)
     for kind in ('md','csv'): assert (tmp_path/f'full/{name}.{kind}').read_text() == (ROOT/f'paper_figures/{name}.{kind}').read_text()
     text = (tmp_path/f'empty/{name}.md').read_text()
     assert 'seeds)' not in text and '–' in text and text.count('papermill nbs/run.ipynb') == len({cell_name(r) for r in cells(name)}) and (tmp_path/f'empty/{name}.csv').read_text().count('\n') == 1
@@ -28,34 +24,33 @@ def test_the_pages_in_words_are_made_from_rows_alone(tmp_path):
     for o in ('rows','rows_validation'): shutil.copytree(ROOT/'paper_figures'/o, tmp_path/'full'/o)
     for o in (ROOT/'paper_figures').glob('benchmark*.json'): shutil.copy(o, tmp_path/'full')
     (tmp_path/'empty').mkdir()
-    for out in ('full','empty'):
-        p = papermill(ROOT/'paper_figures/findings.ipynb', tmp_path/f'{out}.ipynb', '-p','out',str(tmp_path/out), cwd=tmp_path)
-        assert p.returncode == 0, p.stderr[-3000:]
+    for out in ('full','empty'): execute('paper_figures/findings.ipynb', tmp_path, out=tmp_path/out)
     assert (tmp_path/'full/findings.md').read_text() == (ROOT/'paper_figures/findings.md').read_text()
     text = (tmp_path/'empty/findings.md').read_text()
     assert 'networks)' not in text and '–' in text and 'nan' not in text.split() and 'papermill' not in text
 
 @pytest.mark.parametrize('name', ['profile','cost','table_verdict','table_audit'])
-def test_studies_are_read_from_committed_rows(name, tmp_path):
+def test_studies_are_read_from_committed_rows(name):
     "What was measured once is shown again, claims and all, without data; as the committed page shows it."
-    p = papermill(ROOT/f'paper_figures/{name}.ipynb', tmp_path/'o.ipynb', cwd=ROOT/'paper_figures')
-    assert p.returncode == 0, p.stderr[-3000:]
-    def said(path):
-        shown = [o['data'] for c in json.loads(Path(path).read_text())['cells'] for o in c.get('outputs', []) if o['output_type']=='execute_result']
-        return [''.join(o.get('text/markdown') or o['text/plain']) for o in shown]
-    assert said(tmp_path/'o.ipynb') == said(ROOT/f'paper_figures/{name}.ipynb')
+    def said(cells): return texts(dict(cells=[dict(outputs=[o for o in c.get('outputs', []) if o['output_type']=='execute_result']) for c in cells]))
+    path = ROOT/f'paper_figures/{name}.ipynb'
+    assert said(execute(path, path.parent).cells) == said(json.loads(path.read_text())['cells'])
 
-def test_what_the_grid_costs_is_measured(tmp_path):
-    given = dict(measure=True, profile='smoke', steps=1, passes=1, out_dir=tmp_path)
-    p = papermill(ROOT/'paper_figures/cost.ipynb', tmp_path/'o.ipynb', *sum((['-p', k, str(v)] for k,v in given.items()), []), cwd=tmp_path)
-    assert p.returncode == 0, p.stderr[-3000:]
+def test_what_the_grid_costs_is_measured(tmp_path, monkeypatch):
+    monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
+    execute('paper_figures/cost.ipynb', tmp_path, measure=True, profile='smoke', steps=1, passes=1, out_dir=tmp_path)
     cost = json.loads((tmp_path/'cost.json').read_text())
     assert 'eager' in cost['how'] and set(cost['seconds']) == {'distill','judge, IPC 10','judge, IPC 50'} and min(cost['seconds'].values()) > 0
 
-@pytest.mark.parametrize('given, says', [(['profle','smoke'], "did you mean 'profile'"), (['datasets','cmnst'], "did you mean 'cmnist'"), (['out','/proc/nowhere'], "can't be written to")])
+@pytest.mark.parametrize('given, says', [(dict(profle='smoke'), "did you mean 'profile'"), (dict(datasets='cmnst'), "did you mean 'cmnist'"), (dict(out='/proc/nowhere'), "can't be written to")])
 def test_a_wrong_parameter_of_a_page(given, says, tmp_path):
-    p = papermill(ROOT/'paper_figures/table_faces.ipynb', tmp_path/'o.ipynb', '-p', *given, cwd=tmp_path)
-    assert p.returncode == 1 and says in p.stderr and not list(tmp_path.glob('table*'))
+    with pytest.raises(ValueError, match=says): execute('paper_figures/table_faces.ipynb', tmp_path, **given)
+    assert not list(tmp_path.glob('table*'))
+
+def test_a_wrong_parameter_through_papermill(tmp_path):
+    p = subprocess.run([sys.executable,'-m','papermill',str(ROOT/'paper_figures/table_faces.ipynb'),str(tmp_path/'o.ipynb'),'--no-progress-bar','-p','profle','smoke'],
+                       cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=LIMIT)
+    assert p.returncode == 1 and "did you mean 'profile'" in p.stderr and not list(tmp_path.glob('table*'))
 
 def test_rows_have_the_names_of_their_settings():
     rows = sorted((ROOT/'paper_figures/rows').glob('*.json')); assert len(rows) > 100
@@ -135,11 +130,9 @@ def test_rows_side_by_side(copy):
     assert [o['beside'] for o in rows] == [['kde'],['uniform'],[]] and len(list((copy/'smoke/runs/stages').glob('supcon-*'))) == 1
     (copy/wanted[0]).unlink(); assert asked(snakemake('-n','-p', *smoke, '--', *wanted, cwd=copy)) == [[cell_name(runs[0])]]
 
-HONEST = ["Bob's data", '{a}', 'a $b `c` "d"', "/x'$(touch pwned)'y", 'a;b|c & d']
-
-@pytest.mark.parametrize('where', HONEST)
-def test_text_from_config_reaches_the_job_as_it_is(where, copy):
+def test_text_from_config_reaches_the_job_as_it_is(copy):
     "No shell reads it: what a shell would make of the printed line is the path itself."
+    where = '''/x'$(touch pwned)'y/Bob's data/{a}/a $b `c` "d"/a;b|c & d'''
     row = f"smoke/rows/{cell_name(complete(profile='smoke', conflict=.05, ipc=1))}.json"
     text = snakemake('-n','-p','--workflow-profile','profiles/smoke','--config',f'data_dir={where}','--', row, cwd=copy)
     line = next(l for l in text.splitlines() if 'results.jobs' in l)

@@ -33,6 +33,7 @@ from ..networks.others import MLP, MLP255, lenet, many, resnet18
 from ..networks.training import erm
 from ..weights.choice import chosen_view, gap, gap_draw, kde_in
 from ..weights.crowding import clusters, knn
+from ..weights.guess import guess_draw, guess_view
 from ..weights.views import classifier_view, errors_view, jtt, pixels_view, random_view, supcon_view
 from ..weights.weighting import by_difficulty, fairdd, kde, kde_draw, kde_rare, oracle, oracle_draw, uniform
 
@@ -111,6 +112,7 @@ VIEWS = dict(
     cross_entropy=View(classifier_view, STEPPED),
     errors=View(errors_view, STEPPED),
     chosen=View(chosen_view, ('encoder_tau','encoder_width'), steps=300),
+    guess=View(guess_view, ('encoder_width',)),
     selecmix=View(selecmix_view, STEPPED),
     lff=View(lff_view, STEPPED),
     dfa=View(dfa_view, STEPPED))
@@ -149,6 +151,7 @@ WEIGHTINGS = dict(
     jtt=Way(jtt, 'error set (JTT)', 'errors'),
     gap=Way(gap, 'gap (ours)', 'chosen'),
     gap_draw=Way(gap_draw, 'gap in the draw (ours)', 'chosen', draws=True),
+    guess_draw=Way(guess_draw, 'guess in the draw (ours)', 'guess', draws=True),
     kde_pixels=Way(kde_in('kde_pixels'), 'KDE of pixels', 'pixels', DENSITY, finds_variance=True),
     kde_random=Way(kde_in('kde_random'), 'KDE, random network', 'random', DENSITY, finds_variance=True),
     kde_ce=Way(kde_in('kde_ce'), 'KDE, cross-entropy network', 'cross_entropy', DENSITY, finds_variance=True),
