@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILTERS', 'SHARE', 'PENALTIES', 'texture', 'cross_fitted', 'guessed_groups', 'guess_draw', 'expected', 'guess_view']
 
-# %% ../../nbs/weights/08_guess.ipynb #d999875a
+# %% ../../nbs/weights/08_guess.ipynb #4d4ca9bc
 import warnings
 import torch, torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..networks.training import check_training_set
 from .views import random_view
 from .weighting import Weighting
 
-# %% ../../nbs/weights/08_guess.ipynb #5c3a5c99
+# %% ../../nbs/weights/08_guess.ipynb #a4a97bb7
 FILTERS = 64 # of each size
 
 def _pooled(o):
@@ -41,7 +41,7 @@ def texture(
 
 def _standard(f): return (f-f.mean(0))/(f.std(0)+1e-6)
 
-# %% ../../nbs/weights/08_guess.ipynb #e69ad5ea
+# %% ../../nbs/weights/08_guess.ipynb #37912be6
 def cross_fitted(
     f:Tensor,            # (n, d) features
     y:Tensor,            # (n,) integer labels, 0 to classes-1
@@ -63,7 +63,7 @@ def cross_fitted(
             logp[torch.from_numpy(judge)[:,None], torch.from_numpy(net.classes_)] = of
     return logp.to(y.device)
 
-# %% ../../nbs/weights/08_guess.ipynb #a12d769e
+# %% ../../nbs/weights/08_guess.ipynb #36589394
 SHARE = .1 # of conflicting images, before one has looked
 
 def guessed_groups(
@@ -79,7 +79,7 @@ def guessed_groups(
     q = b/b.sum(1, keepdim=True) * torch.where(F.one_hot(y, k).bool(), 1-share, each)
     return q/q.sum(1, keepdim=True)
 
-# %% ../../nbs/weights/08_guess.ipynb #ec8eb4b4
+# %% ../../nbs/weights/08_guess.ipynb #bd38ae7b
 def guess_draw(
     z:Tensor,  # (n, classes) log probabilities of the labels, of `guess_view`
     y:Tensor,  # (n,) integer labels
@@ -94,7 +94,7 @@ def guess_draw(
     against = 1-groups.gather(1, y[:,None])[:,0]
     return Weighting('guess_draw', against, p=w, about=dict(rare=round(against.mean().item(), 5)))
 
-# %% ../../nbs/weights/08_guess.ipynb #709b6ef2
+# %% ../../nbs/weights/08_guess.ipynb #da991c3a
 PENALTIES = (.01, .1) # on the squares of the weights, to choose from
 
 def expected(
@@ -109,7 +109,7 @@ def guess_view(
     classes:int,       # number of classes
     width:int=32,      # channels of the random ConvNet
     compile:bool=True, # the ConvNet compiled, in `fast_dtype`; False: eager, in float32
-    progress=None,     # not used: it takes seconds
+    progress=None,     # function called with the number of classifiers trained, of four
     *,
     seed:int,          # of the filters, of the random network and of the halves
 )->dict:               # `z`, (n, classes) log probabilities; `places`, 1 if it knows where things are; `penalty`
@@ -117,10 +117,16 @@ def guess_view(
     check_training_set(x, y, classes=classes)
     fine = texture(x, seed=seed)
     coarse = _standard(random_view(x, y, classes, width, compile, seed=seed))
+    tell, trained = progress or (lambda n: None), 0
     def best(f):
-        tried = [(cross_fitted(f, y, classes, o, seed=seed), o) for o in PENALTIES]
-        return min(tried, key=lambda o: F.nll_loss(o[0], y).item())
+        nonlocal trained
+        tried = {}
+        for penalty in PENALTIES:
+            tried[penalty] = cross_fitted(f, y, classes, penalty, seed=seed)
+            tell(trained := trained+1)
+        penalty = min(tried, key=lambda o: F.nll_loss(tried[o], y).item())
+        return tried[penalty], penalty
     found = [best(fine), best(torch.cat([fine, coarse], 1))]
     promise = [expected(guess_draw(z, y)) for z,_ in found]
     places = int(promise[1] > promise[0])
-    return dict(z=found[places][0], places=torch.tensor(places), penalty=torch.tensor(found[places][1]))
+    return dict(z=found[places][0], places=torch.tensor(places), penalty=torch.tensor(found[places][1], dtype=torch.double))
