@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILTERS', 'SHARE', 'PENALTIES', 'texture', 'cross_fitted', 'guessed_groups', 'guess_draw', 'expected', 'guess_view']
 
-# %% ../../nbs/weights/08_guess.ipynb #4d4ca9bc
+# %% ../../nbs/weights/08_guess.ipynb #4978dcd1
 import warnings
 import torch, torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..networks.training import check_training_set
 from .views import random_view
 from .weighting import Weighting
 
-# %% ../../nbs/weights/08_guess.ipynb #a4a97bb7
+# %% ../../nbs/weights/08_guess.ipynb #5c291a0c
 FILTERS = 64 # of each size
 
 def _pooled(o):
@@ -41,7 +41,7 @@ def texture(
 
 def _standard(f): return (f-f.mean(0))/(f.std(0)+1e-6)
 
-# %% ../../nbs/weights/08_guess.ipynb #37912be6
+# %% ../../nbs/weights/08_guess.ipynb #10007396
 def cross_fitted(
     f:Tensor,            # (n, d) features
     y:Tensor,            # (n,) integer labels, 0 to classes-1
@@ -63,7 +63,7 @@ def cross_fitted(
             logp[torch.from_numpy(judge)[:,None], torch.from_numpy(net.classes_)] = of
     return logp.to(y.device)
 
-# %% ../../nbs/weights/08_guess.ipynb #36589394
+# %% ../../nbs/weights/08_guess.ipynb #b1c236a5
 SHARE = .1 # of conflicting images, before one has looked
 
 def guessed_groups(
@@ -79,7 +79,7 @@ def guessed_groups(
     q = b/b.sum(1, keepdim=True) * torch.where(F.one_hot(y, k).bool(), 1-share, each)
     return q/q.sum(1, keepdim=True)
 
-# %% ../../nbs/weights/08_guess.ipynb #bd38ae7b
+# %% ../../nbs/weights/08_guess.ipynb #6f2762c6
 def guess_draw(
     z:Tensor,  # (n, classes) log probabilities of the labels, of `guess_view`
     y:Tensor,  # (n,) integer labels
@@ -94,7 +94,7 @@ def guess_draw(
     against = 1-groups.gather(1, y[:,None])[:,0]
     return Weighting('guess_draw', against, p=w, about=dict(rare=round(against.mean().item(), 5)))
 
-# %% ../../nbs/weights/08_guess.ipynb #da991c3a
+# %% ../../nbs/weights/08_guess.ipynb #7142483e
 PENALTIES = (.01, .1) # on the squares of the weights, to choose from
 
 def expected(
@@ -112,7 +112,7 @@ def guess_view(
     progress=None,     # function called with the number of classifiers trained, of four
     *,
     seed:int,          # of the filters, of the random network and of the halves
-)->dict:               # `z`, (n, classes) log probabilities; `places`, 1 if it knows where things are; `penalty`
+)->dict:               # `z`, (n, classes) log probabilities; `places`, 1 if it knows where things are
     "What a simple classifier that never saw an image takes it for."
     check_training_set(x, y, classes=classes)
     fine = texture(x, seed=seed)
@@ -120,13 +120,12 @@ def guess_view(
     tell, trained = progress or (lambda n: None), 0
     def best(f):
         nonlocal trained
-        tried = {}
+        tried = []
         for penalty in PENALTIES:
-            tried[penalty] = cross_fitted(f, y, classes, penalty, seed=seed)
+            tried.append(cross_fitted(f, y, classes, penalty, seed=seed))
             tell(trained := trained+1)
-        penalty = min(tried, key=lambda o: F.nll_loss(tried[o], y).item())
-        return tried[penalty], penalty
+        return min(tried, key=lambda z: F.nll_loss(z, y).item())
     found = [best(fine), best(torch.cat([fine, coarse], 1))]
-    promise = [expected(guess_draw(z, y)) for z,_ in found]
+    promise = [expected(guess_draw(z, y)) for z in found]
     places = int(promise[1] > promise[0])
-    return dict(z=found[places][0], places=torch.tensor(places), penalty=torch.tensor(found[places][1], dtype=torch.double))
+    return dict(z=found[places], places=torch.tensor(places))
