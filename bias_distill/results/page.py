@@ -25,7 +25,7 @@ from ..experiment.store import command
 from ..experiment.tables import DATASETS, WEIGHTINGS
 from ..experiment.watch import read_row
 from . import figures
-from .claims import against_fairdd, standing
+from .claims import RULES, against_fairdd, standing
 from bias_distill.results.rows import (
     FAIRNESS, MEASURES, average, by_measure, cell, cross, earlier, flat, frame, mean_of, pivot, published, spread_of,
     to_markdown)
@@ -266,12 +266,12 @@ def fair_tables(
 def fair_verdicts(
     page:Page, # that gets them
 )->Markdown:   # the last
-    "Add where our rule stands against FairDD, published and run here: by accuracy, and by DEO_M."
+    "Add where our rules stand against FairDD, published and run here: by accuracy, and by DEO_M."
     sets = wanted(page, page.scale['fair_sets'])
     shown = dict(accuracy='By accuracy, %', deo_m='By DEO_M, lower is better')
     at = sets, page.scale['fair_ipcs']
-    parts = {title: against_fairdd(page.rows, *at, what) for what,title in shown.items() if sets}
-    return [page.table(o, title=title) for title,o in parts.items()][-1] if parts else page.text('')
+    parts = [(title, against_fairdd(page.rows, *at, what, o)) for what,title in shown.items() for o in RULES if sets]
+    return [page.table(o, title=title) for title,o in parts][-1] if parts else page.text('')
 
 # %% ../../nbs/results/06_page.ipynb #d208f9a5
 def labels_table(
@@ -359,19 +359,22 @@ def distiller_table(
 
 # %% ../../nbs/results/06_page.ipynb #b3e7d1a0
 def beside_whole(
-    page:Page, # that gets it
-)->Markdown:
-    "Add what our rule gains, with each distiller, on training with the whole set."
+    page:Page, # that gets them
+)->Markdown:   # the last
+    "Add what our rules gain, with each distiller, on training with the whole set."
+    return [_beside_whole(page, o) for o in RULES][-1]
+
+def _beside_whole(page, rule):
     def line(name):
         every = page.find(dataset=name, conflict=.05, distiller='none', weighting='uniform')
         def against(o):
-            ours = page.find(dataset=name, conflict=.05, ipc=page.scale['ipc'], weighting='gap_draw', **o)
+            ours = page.find(dataset=name, conflict=.05, ipc=page.scale['ipc'], weighting=rule, **o)
             a, b = mean_of(ours), mean_of(every)
             if None in (a, b): return '–'
             return f'{a-b:+.1f}, {standing(a, b, max(spread_of(ours), spread_of(every)))}'
         return [cell(every), *map(against, STRONGER.values())]
     table = DataFrame({f'`{d}`': line(d) for d in wanted(page, STRONG_SETS)}, ['the whole set', *STRONGER]).T
-    return page.table(table, 'gap in the draw, against')
+    return page.table(table, f"{WEIGHTINGS[rule].title.removesuffix(' (ours)')}, against")
 
 # %% ../../nbs/results/06_page.ipynb #44dcda6a
 def keep_notebook(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILTERS', 'SHARE', 'PENALTIES', 'texture', 'cross_fitted', 'guessed_groups', 'guess_draw', 'expected', 'guess_view']
 
-# %% ../../nbs/weights/08_guess.ipynb #4978dcd1
+# %% ../../nbs/weights/08_guess.ipynb #e0e23d0a
 import warnings
 import torch, torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..networks.training import check_training_set
 from .views import random_view
 from .weighting import Weighting
 
-# %% ../../nbs/weights/08_guess.ipynb #5c291a0c
+# %% ../../nbs/weights/08_guess.ipynb #fb4ef804
 FILTERS = 64 # of each size
 
 def _pooled(o):
@@ -41,7 +41,7 @@ def texture(
 
 def _standard(f): return (f-f.mean(0))/(f.std(0)+1e-6)
 
-# %% ../../nbs/weights/08_guess.ipynb #10007396
+# %% ../../nbs/weights/08_guess.ipynb #e0d529f4
 def cross_fitted(
     f:Tensor,            # (n, d) features
     y:Tensor,            # (n,) integer labels, 0 to classes-1
@@ -58,12 +58,15 @@ def cross_fitted(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')      # 60 steps need not converge; a class may have one image
         for fit,judge in halves.split(f, labels):
+            if len({*labels[fit]}) < 2:      # nothing to tell apart
+                logp[judge, labels[fit][0]] = 0.
+                continue
             net = LogisticRegression(C=1/(penalty*len(fit)), max_iter=60).fit(f[fit], labels[fit])
             of = torch.from_numpy(net.predict_log_proba(f[judge])).float().clamp_min(-30)
             logp[torch.from_numpy(judge)[:,None], torch.from_numpy(net.classes_)] = of
     return logp.to(y.device)
 
-# %% ../../nbs/weights/08_guess.ipynb #b1c236a5
+# %% ../../nbs/weights/08_guess.ipynb #5c0da421
 SHARE = .1 # of conflicting images, before one has looked
 
 def guessed_groups(
@@ -79,7 +82,7 @@ def guessed_groups(
     q = b/b.sum(1, keepdim=True) * torch.where(F.one_hot(y, k).bool(), 1-share, each)
     return q/q.sum(1, keepdim=True)
 
-# %% ../../nbs/weights/08_guess.ipynb #6f2762c6
+# %% ../../nbs/weights/08_guess.ipynb #df16fe46
 def guess_draw(
     z:Tensor,  # (n, classes) log probabilities of the labels, of `guess_view`
     y:Tensor,  # (n,) integer labels
@@ -94,7 +97,7 @@ def guess_draw(
     against = 1-groups.gather(1, y[:,None])[:,0]
     return Weighting('guess_draw', against, p=w, about=dict(rare=round(against.mean().item(), 5)))
 
-# %% ../../nbs/weights/08_guess.ipynb #7142483e
+# %% ../../nbs/weights/08_guess.ipynb #f634d8e1
 PENALTIES = (.01, .1) # on the squares of the weights, to choose from
 
 def expected(
