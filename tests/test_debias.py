@@ -76,7 +76,7 @@ def test_no_view_and_no_weighting_sees_a_bias_label(tmp_path, few_marks):
 def test_every_weighting_says_what_it_looks_at():
     for k,w in WEIGHTINGS.items():
         assert (w.view is None) == (k == 'uniform' or w.sees_labels)
-        assert w.view is None or w.view in VIEWS
+        assert all(o in VIEWS for o in w.views)
     uses = {k: w.uses for k,w in WEIGHTINGS.items()}
     assert uses['uniform'] == () and uses['fairdd'] == ('labels_known','labels_wrong') and uses['gap_draw'] == ('encoder_tau','encoder_width') and uses['lff'] == ('encoder_steps','encoder_width')
 

@@ -55,7 +55,7 @@ def stages(
     "The stages that leave a file: the view, the experts, the distillation."
     way, method = WEIGHTINGS[run.weighting], DISTILLERS[run.distiller]
     crowds = [f'experts{k}' for k in range(0, run.experts, CROWD)] if method.experts else []
-    return [way.view]*bool(way.view) + crowds + ['distill']
+    return [*way.views, *crowds, 'distill']
 
 # %% ../../nbs/experiment/07_experiment.ipynb #b2e09687
 class Experiment:
@@ -152,17 +152,20 @@ def stored(self:Experiment,
 
 # %% ../../nbs/experiment/07_experiment.ipynb #b76d3549
 @patch
-def look(self:Experiment)->dict: # run -> (n, d) embedding, (n,) numbers, or None
+def look(self:Experiment)->dict: # run -> (n, d) embedding, (n,) numbers, a tuple of such, or None
     "What each run's weighting looks at, of every training image."
     self.views, self.chosen, self.view_costs = {}, {}, {}
     with repeatable(self.device):
-        for r in self.runs: self.views[r], self.chosen[r], self.view_costs[r] = self._view(r)
+        for r in self.runs:
+            seen = [self._view(r, o) for o in WEIGHTINGS[r.weighting].views]
+            z, chosen, cost = zip(*seen) if seen else ((None,), (), ())
+            self.views[r] = z[0] if len(z)==1 else z
+            self.chosen[r] = {k: v for o in chosen for k,v in o.items()}
+            self.view_costs[r] = {k: v for o in cost for k,v in o.items()}
     return self.views
 
 @patch
-def _view(self:Experiment, run)->tuple: # tensor, what was chosen on the way, costs by stage
-    name = WEIGHTINGS[run.weighting].view
-    if name is None: return None, {}, {}
+def _view(self:Experiment, run, name)->tuple: # tensor, what was chosen on the way, costs by stage
     view = VIEWS[name]
     given = {k.removeprefix('encoder_'): getattr(run, k) for k in view.settings}
     def compute():

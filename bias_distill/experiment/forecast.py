@@ -46,7 +46,7 @@ def estimate(self:Experiment)->float: # seconds
     for width,fast,exact in distilling_passes(self, todo):
         total += fast*rate(width) + (exact*rate(width, True) if exact else 0)
     total += sum(judging_passes(self, o)*rate(o.eval_width or o.width) for o in todo)
-    total += sum(view_passes(self, o)*o.encoder_width for o in viewers(todo))*rate(r.width)/r.width
+    total += sum(view_passes(self, o, k)*o.encoder_width for o,k in viewers(todo))*rate(r.width)/r.width
     return 10+total+GRAPHS*list(took.values())[-1][1]
 
 # %% ../../nbs/experiment/09_forecast.ipynb #50ac5a8a

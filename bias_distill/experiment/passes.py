@@ -112,9 +112,11 @@ def distilling_passes(
 
 def viewers(
     runs:list, # of one experiment
-)->list:       # of runs, one a view
-    "Runs whose views differ."
-    return once(runs, lambda r: WEIGHTINGS[r.weighting].view)
+)->list:       # of (run, name of a view)
+    "Each view that is made, with a run that looks at it."
+    names = dict.fromkeys(o for r in runs for o in WEIGHTINGS[r.weighting].views)
+    looks = {o: [r for r in runs if o in WEIGHTINGS[r.weighting].views] for o in names}
+    return [(r, o) for o in names for r in once(looks[o], lambda _: o)]
 
 # %% ../../nbs/experiment/08_passes.ipynb #8f1e00a4
 def judging_passes(
@@ -130,10 +132,9 @@ def judging_passes(
 def view_passes(
     e,            # whose images pass: an `Experiment`, or a `Size`
     r,            # one of its runs
+    name:str,     # of `VIEWS`
 )->float:         # images through a network of the encoder's width
     "Training an encoder, and embedding all images."
-    name = WEIGHTINGS[r.weighting].view
-    if name is None: return 0
     view = VIEWS[name]
     steps = r.encoder_steps if 'encoder_steps' in view.settings else view.steps
     return TRAINING*steps*256+len(e.train)
@@ -156,8 +157,8 @@ def operations(
     for width,*passes in distilling_passes(size, runs):
         ops['distill'] += sum(passes)*image_operations(width, size.side)
     for o in runs: ops['judge'] += judging_passes(size, o)*image_operations(o.eval_width or o.width, size.side)
-    for o in viewers(runs):
-        ops['view'] += view_passes(size, o)*image_operations(o.encoder_width, size.side)
+    for o,name in viewers(runs):
+        ops['view'] += view_passes(size, o, name)*image_operations(o.encoder_width, size.side)
     return ops
 
 H100 = dict(view=20e12, distill=20e12, judge=55e12) # operations a second, about those of paper_figures/cost.json

@@ -34,7 +34,8 @@ def stage_key(
     how:str='', # how it is computed, for what is gone on with
 )->str:         # 12 hexadecimal digits
     "A hash of all that shapes a stage's result."
-    shape, skip = STAGES.get(stage) or STAGES[stage.rstrip('0123456789')], ignored(run.weighting)
+    shape = STAGES.get(stage) or STAGES[stage.rstrip('0123456789')]
+    skip = set(ENCODER)-{*VIEWS[stage].settings} if stage in VIEWS else ignored(run.weighting)
     values = {k: v for k in shape if k not in skip and (v := getattr(run, k)) is not None}
     text = json.dumps([stage, data, values]+[how]*bool(how), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

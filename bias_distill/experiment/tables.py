@@ -31,7 +31,7 @@ from ..distill.rded import rded
 from ..networks.convnet import ConvNet
 from ..networks.others import MLP, MLP255, lenet, many, resnet18
 from ..networks.training import erm
-from ..weights.choice import chosen_view, gap, gap_draw, kde_in
+from ..weights.choice import chosen_view, gap, gap_draw, group_draw, kde_in
 from ..weights.crowding import clusters, knn
 from ..weights.guess import guess_draw, guess_view
 from ..weights.views import classifier_view, errors_view, jtt, pixels_view, random_view, supcon_view
@@ -125,7 +125,7 @@ class Way:
     "A weighting to choose by name."
     reading:object        # function (view, labels, **settings) to a `Weighting`; with `b=` too, if it sees labels
     title:str=''          # what tables call it
-    view:str|None=None    # of `VIEWS`; None: it looks at nothing
+    view:str|tuple|None=None # of `VIEWS`, or several, of which it gets a tuple; None: it looks at nothing
     settings:tuple=()     # the run's settings that the reading takes
     draws:bool=False      # weights are used in the draw; else in the mean
     sees_labels:bool=False # reads bias labels: a ceiling, not a method
@@ -134,7 +134,13 @@ class Way:
     @property
     def uses(self)->tuple: # of names of settings
         "The run's settings that shape it: its view's, its own, and those of the labels that it sees."
-        return (VIEWS[self.view].settings if self.view else ()) + self.settings + LABELS*self.sees_labels
+        seen = dict.fromkeys(k for o in self.views for k in VIEWS[o].settings)
+        return (*seen, *self.settings) + LABELS*self.sees_labels
+
+    @property
+    def views(self)->tuple: # of names
+        "All that it looks at."
+        return (self.view,) if isinstance(self.view, str) else self.view or ()
 
 # %% ../../nbs/experiment/01_tables.ipynb #11629db3
 DENSITY = ('variance','tau')
@@ -152,6 +158,7 @@ WEIGHTINGS = dict(
     gap=Way(gap, 'gap (ours)', 'chosen'),
     gap_draw=Way(gap_draw, 'gap in the draw (ours)', 'chosen', draws=True),
     guess_draw=Way(guess_draw, 'guess in the draw (ours)', 'guess', draws=True),
+    group_draw=Way(group_draw, 'gap and guess in the draw (ours)', ('chosen','guess'), draws=True),
     kde_pixels=Way(kde_in('kde_pixels'), 'KDE of pixels', 'pixels', DENSITY, finds_variance=True),
     kde_random=Way(kde_in('kde_random'), 'KDE, random network', 'random', DENSITY, finds_variance=True),
     kde_ce=Way(kde_in('kde_ce'), 'KDE, cross-entropy network', 'cross_entropy', DENSITY, finds_variance=True),
