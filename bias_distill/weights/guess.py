@@ -84,11 +84,12 @@ def guessed_groups(
 
 # %% ../../nbs/weights/08_guess.ipynb #368ed46c
 def guess_draw(
-    z:Tensor,  # (n, classes) log probabilities of the labels, of `guess_view`
-    y:Tensor,  # (n,) integer labels
+    z:Tensor,          # (n, classes) log probabilities of the labels, of `guess_view`
+    y:Tensor,          # (n,) integer labels
+    share:float=SHARE, # of conflicting images, before one has looked
 )->Weighting:
     "Every group of label and guess is drawn alike: FairDD's aim, and no bias label."
-    groups = guessed_groups(z, y)
+    groups = guessed_groups(z, y, share)
     w = torch.zeros(len(y), device=y.device)
     for k in y.unique():
         i = y==k
