@@ -19,6 +19,7 @@ def execute(path, cwd=ROOT, **parameters):
     nb = read_nb(ROOT/path)
     cell, = (c for c in nb.cells if 'parameters' in c.metadata.get('tags', []))
     cell.source += ''.join(f'\n{k} = {(str(v) if isinstance(v, Path) else v)!r}' for k,v in parameters.items())
+    pd.reset_option('^display')   # another notebook may have changed it
     kernel = pd.option_context('display.max_columns', 20)   # as pandas shows tables in a kernel, not in a terminal
     with working_in(cwd), kernel: CaptureShell().run_all(nb, exc_stop=True)
     return nb

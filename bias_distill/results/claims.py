@@ -177,11 +177,11 @@ def against_fairdd(
     rule:str=RULES[0],   # weighting that reads no bias labels
 )->DataFrame:     # of str, a line a set and number of images per class
     "DM with a rule that reads no bias labels, against FairDD as published and as we ran it."
-    ours_is = dict(distiller='dm', weighting=rule)
+    way = dict(distiller='dm', weighting=rule)
     sign = -1 if what in FAIRNESS else 1
     def line(dataset, ipc):
         at = dict(dataset=dataset, ipc=ipc)
-        ours = where(rows, **at, **ours_is)
+        ours = where(rows, **at, **way)
         theirs = where(rows, **at, distiller='dm', weighting='fairdd', labels_known=None, labels_wrong=None)
         setting = at | dict(conflict=DATASETS[dataset].conflict, distiller='dm', weighting='fairdd', debiaser='none')
         paper, again = (published(setting) or {}).get(what), mean_of(theirs, what)
@@ -191,5 +191,5 @@ def against_fairdd(
         last = verdicts[1] if len(theirs) else 'no rows yet'
         return [cell(ours, what), paper or '–', verdicts[0], cell(theirs, what), last]
     lines = {f'`{o["dataset"]}`, IPC {o["ipc"]}': line(**o) for o in grid(dataset=tuple(datasets), ipc=tuple(ipcs))}
-    columns = [method(ours_is),'FairDD, published','ours against it','FairDD, our run','ours against that']
+    columns = [method(way),'FairDD, published','ours against it','FairDD, our run','ours against that']
     return DataFrame(lines.values(), list(lines), columns)

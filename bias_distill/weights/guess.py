@@ -101,11 +101,12 @@ def drawn_alike(
     return Weighting(name, against, p=w, about=dict(rare=round(against.mean().item(), 5)))
 
 def guess_draw(
-    z:Tensor,  # (n, classes) log probabilities of the labels, of `guess_view`
-    y:Tensor,  # (n,) integer labels
+    z:Tensor,          # (n, classes) log probabilities of the labels, of `guess_view`
+    y:Tensor,          # (n,) integer labels
+    share:float=SHARE, # of conflicting images, before one has looked
 )->Weighting:
     "Every group of label and guess is drawn alike: FairDD's aim, and no bias label."
-    return drawn_alike('guess_draw', guessed_groups(z, y), y)
+    return drawn_alike('guess_draw', guessed_groups(z, y, share), y)
 
 # %% ../../nbs/weights/07_guess.ipynb #d4a6edc5
 PENALTIES = (.01, .1) # on the squares of the weights, to choose from
