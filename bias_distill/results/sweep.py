@@ -92,7 +92,7 @@ PLAINLY = (('random','uniform'), ('dm','uniform'), ('dm','kde'))
 TABLE_METHODS = (*PLAINLY, ('dsa','uniform'), ('dsa','kde'), ('dm','oracle'))
 FACE_METHODS = (*PLAINLY, ('dm','kde_rare'), ('dm','gap_draw'), ('dm','oracle'))
 FAIR_METHODS = (('random','uniform'), ('kmeans','uniform'), ('kmeans','gap_draw'), ('dm','uniform'), ('dm','kde'),
-                ('dm','gap_draw'), ('dm','guess_draw'), ('dm','fairdd'), ('dm','oracle_draw'))
+                ('dm','gap_draw'), ('dm','group_draw'), ('dm','fairdd'), ('dm','oracle_draw'))
 AMPLIFIERS = (('random','uniform'), ('dm','uniform'), ('dsa','uniform'), ('mtt','uniform'))
 PICTURED = (('dm','uniform'), ('dm','kde'), ('dsa','uniform'), ('dsa','kde'))
 FIRST = ('uniform','kde','kde_selecmix','dfa','lff','gap_draw','oracle') # by what a debiaser sees, beside others
@@ -208,7 +208,7 @@ STRONGER = { # title -> a distiller and its settings
     'a pool, whole distributions': dict(distiller='pool', metric='ecf'),
     'RDED, four crops in one': dict(distiller='rded', factor=2)}
 STRONG_SETS = (*SETS,'utkface')
-STRONG_WAYS = ('uniform','kde','gap_draw','guess_draw','oracle_draw') # weightings
+STRONG_WAYS = ('uniform','kde','gap_draw','group_draw','oracle_draw') # weightings
 
 def ways_of(
     distiller:str, # of `DISTILLERS`
