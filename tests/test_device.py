@@ -115,7 +115,7 @@ CASES = { # what is run side by side
     'dc': [dict(distiller='dc', weighting='uniform', **TRAINED_DC)],
     'dsa': [dict(distiller='dsa', augment='scale_rotate', **TRAINED_DC)],
     'mtt': [dict(distiller='mtt', augment='scale_rotate', experts=1, expert_epochs=2, latest_start=1, iterations=2)],
-    'random': [dict(distiller='random', weighting=o) for o in ('gap_draw','guess_draw')],
+    'random': [dict(distiller='random', weighting=o) for o in ('gap_draw','group_draw')],
     'kmeans': [dict(distiller='kmeans', weighting='kde_draw')],
     'pool': [dict(distiller='pool', experts=1, epoch_steps=2, iterations=2, factor=2)],
     'rded': [dict(distiller='rded', weighting='gap_draw', teacher_epochs=1)]}
