@@ -101,6 +101,7 @@ def test_refused(bad, words):
 
 @pytest.mark.parametrize('given,n,word', [
     (dict(ipc=2, weighting='gap_draw', debiaser='selecmix', compare='uniform,jtt'), 3, 'gap in the draw (ours), then SelecMix'),
+    (dict(ipc=2, weighting='group_draw', compare='gap_draw'), 2, 'gap and guess in the draw (ours)'),
     (dict(distiller='none', weighting='uniform', network='mlp', debiaser='dfa'), 1, 'the training set, then DFA')])
 def test_the_main_job(given, n, word, tmp_path):
     given = dict(profile='smoke', out_dir=tmp_path/'runs') | given

@@ -52,7 +52,7 @@ CROWD = 5 # experts that are trained side by side
 def stages(
     run, # complete
 )->list: # of names
-    "The stages that leave a file: the view, the experts, the distillation."
+    "The stages that leave a file: the views, the experts, the distillation."
     way, method = WEIGHTINGS[run.weighting], DISTILLERS[run.distiller]
     crowds = [f'experts{k}' for k in range(0, run.experts, CROWD)] if method.experts else []
     return [*way.views, *crowds, 'distill']
@@ -159,7 +159,7 @@ def look(self:Experiment)->dict: # run -> (n, d) embedding, (n,) numbers, a tupl
         for r in self.runs:
             seen = [self._view(r, o) for o in WEIGHTINGS[r.weighting].views]
             z, chosen, cost = zip(*seen) if seen else ((None,), (), ())
-            self.views[r] = z[0] if len(z)==1 else z
+            self.views[r] = z if isinstance(WEIGHTINGS[r.weighting].view, tuple) else z[0]
             self.chosen[r] = {k: v for o in chosen for k,v in o.items()}
             self.view_costs[r] = {k: v for o in cost for k,v in o.items()}
     return self.views
@@ -199,7 +199,7 @@ def _weighting(self:Experiment, run, way)->tuple: # `Weighting`, costs by stage,
     with watch(seconds, memory, 'kde', self.device): w = way.reading(self.views[run], self.train.y, **given)
     report = weight_report(w, self.train, self.classes, run.batch_real, generator=seeded(run.seed,'report'))
     if w.about: report['chosen'] = self.chosen[run] | w.about
-    return w, dict(kde=(seconds['kde'], memory['kde'])) if way.view else {}, report
+    return w, dict(kde=(seconds['kde'], memory['kde'])) if way.views else {}, report
 
 # %% ../../nbs/experiment/07_experiment.ipynb #04d1e691
 @patch

@@ -112,7 +112,7 @@ VIEWS = dict(
     cross_entropy=View(classifier_view, STEPPED),
     errors=View(errors_view, STEPPED),
     chosen=View(chosen_view, ('encoder_tau','encoder_width'), steps=300),
-    guess=View(guess_view, ('encoder_width',)),
+    guess=View(guess_view, ('encoder_width',), steps=200), # classifiers, about as long
     selecmix=View(selecmix_view, STEPPED),
     lff=View(lff_view, STEPPED),
     dfa=View(dfa_view, STEPPED))
@@ -123,7 +123,7 @@ LABELS = ('labels_known','labels_wrong') # settings of whatever sees labels
 @dataclass(frozen=True)
 class Way:
     "A weighting to choose by name."
-    reading:object        # function (view, labels, **settings) to a `Weighting`; with `b=` too, if it sees labels
+    reading:object        # function (view or views, labels, **settings) to a `Weighting`; with `b=` too, if it sees labels
     title:str=''          # what tables call it
     view:str|tuple|None=None # of `VIEWS`, or several, of which it gets a tuple; None: it looks at nothing
     settings:tuple=()     # the run's settings that the reading takes
@@ -133,7 +133,7 @@ class Way:
 
     @property
     def uses(self)->tuple: # of names of settings
-        "The run's settings that shape it: its view's, its own, and those of the labels that it sees."
+        "The run's settings that shape it: its views', its own, and those of the labels that it sees."
         seen = dict.fromkeys(k for o in self.views for k in VIEWS[o].settings)
         return (*seen, *self.settings) + LABELS*self.sees_labels
 

@@ -167,7 +167,7 @@ def standing(
     return 'ahead' if sign*(ours-other) > 0 else 'behind'
 
 # %% ../../nbs/results/02_claims.ipynb #94e6a0fd
-RULES = 'gap_draw','group_draw' # ours: each shown wherever it has rows, so that no result chooses between them
+RULES = 'gap_draw','group_draw' # ours: both shown wherever there are rows
 
 def against_fairdd(
     rows,         # frame, or list of dicts

@@ -28,7 +28,7 @@ def looks(
     look = dict(palette={}, markers={}, dashes={})
     for d,w in methods:
         title, labels = method(dict(distiller=d, weighting=w)), WEIGHTINGS[w].sees_labels
-        weighs = WEIGHTINGS[w].view is not None
+        weighs = bool(WEIGHTINGS[w].views)
         look['palette'][title] = CEILING if labels else COLOURS[d][weighs]
         look['markers'][title] = 'D' if labels else MARKERS[d]
         look['dashes'][title] = '' if weighs else (1,1.5)

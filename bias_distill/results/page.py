@@ -6,7 +6,7 @@
 __all__ = ['SETTINGS', 'PARAMETERS', 'BY_GROUP', 'tidy', 'page_parameters', 'check_writable', 'small_copy', 'missing', 'made_on',
            'Page', 'ratio_table', 'ratio_figure', 'face_tables', 'face_figure', 'wanted', 'fair_tables',
            'fair_verdicts', 'labels_table', 'labels_figure', 'same_images', 'in_paper', 'judge_table', 'peers_table',
-           'distiller_table', 'beside_whole', 'keep_notebook', 'write_tile', 'keep_tile']
+           'distiller_table', 'beside_whole', 'write_tile', 'keep_tile']
 
 # %% ../../nbs/results/06_page.ipynb #c40a3ae3
 import io
@@ -375,20 +375,6 @@ def _beside_whole(page, rule):
         return [cell(every), *map(against, STRONGER.values())]
     table = DataFrame({f'`{d}`': line(d) for d in wanted(page, STRONG_SETS)}, ['the whole set', *STRONGER]).T
     return page.table(table, f"{WEIGHTINGS[rule].title.removesuffix(' (ours)')}, against")
-
-# %% ../../nbs/results/06_page.ipynb #44dcda6a
-def keep_notebook(
-    path, # of a notebook with its outputs
-    to,   # path of the cleaned copy
-):
-    "Keep an executed notebook: cleaned as nbdev does it, with the tags that say something."
-    from execnb.nbio import read_nb, write_nb
-    from nbdev.clean import clean_nb
-    nb = read_nb(path)
-    for c in nb.cells:
-        if not c.metadata.get('tags', True): del c.metadata['tags']     # papermill gives every cell an empty list
-    clean_nb(nb, allowed_cell_metadata_keys=['tags'])
-    write_nb(nb, to)
 
 # %% ../../nbs/results/06_page.ipynb #4ef0f424
 def write_tile(

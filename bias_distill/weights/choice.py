@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'VARIANCES', 'PASSES', 'otsu', 'bimodality', 'sharpest', 'chosen_view', 'gap_weights', 'gap', 'gap_draw',
-           'group_draw', 'kde_in']
+           'kde_in', 'group_draw']
 
 # %% ../../nbs/weights/08_choice.ipynb #cd5ce3b5
 import math
@@ -135,6 +135,16 @@ def gap_draw(
     w, score, about = gap_weights(z, y)
     return Weighting('gap_draw', score, p=w, about=about)
 
+# %% ../../nbs/weights/08_choice.ipynb #45a073e4
+def kde_in(
+    name:str,  # of the weighting that is made
+):             # function of embeddings, labels, variance (None: that of `sharpest`) and tau to a `Weighting`
+    "The paper's weights (density inside the batch) in another view, at the variance given, or its own."
+    def f(z:Tensor, y:Tensor, variance=None, tau:float=1.)->Weighting:
+        v = variance or sharpest(z, y)[0]
+        return replace(kde(z, y, v, tau), name=name, about=dict(variance=v))
+    return f
+
 # %% ../../nbs/weights/08_choice.ipynb #2f103a74
 def group_draw(
     z:tuple,   # (n, d) embeddings of `chosen_view`; (n, classes) log probabilities of `guess_view`
@@ -148,13 +158,3 @@ def group_draw(
     prior = about['sure']*beyond + (1-about['sure'])*SHARE
     w = drawn_alike('group_draw', guessed_groups(logp, y, prior=prior), y)
     return replace(w, about=about | dict(beyond=about['rare']) | w.about)
-
-# %% ../../nbs/weights/08_choice.ipynb #45a073e4
-def kde_in(
-    name:str,  # of the weighting that is made
-):             # function of embeddings, labels, variance (None: that of `sharpest`) and tau to a `Weighting`
-    "The paper's weights (density inside the batch) in another view, at the variance given, or its own."
-    def f(z:Tensor, y:Tensor, variance=None, tau:float=1.)->Weighting:
-        v = variance or sharpest(z, y)[0]
-        return replace(kde(z, y, v, tau), name=name, about=dict(variance=v))
-    return f

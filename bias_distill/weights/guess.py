@@ -91,7 +91,7 @@ def drawn_alike(
     groups:Tensor, # (n, classes) of `guessed_groups`
     y:Tensor,      # (n,) integer labels
 )->Weighting:
-    "Every group of a class is drawn alike; its score is the probability to be against the shortcut."
+    "Every group of a class is drawn alike; the score is the probability to be against the shortcut."
     w = torch.zeros(len(y), device=y.device)
     for k in y.unique():
         i = y==k

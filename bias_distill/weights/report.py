@@ -68,7 +68,7 @@ def plot_weights(
     bins = torch.linspace(score.min(), score.max(), 60).tolist()
     for (name,v),colour in zip(parts.items(), ('#8fb8de','#e07b39')):
         ax.hist(v, bins, density=True, alpha=.75, color=colour, label=f'{name} ({len(v):,})')
-    ax.set(xlabel='$-\\log f$, higher is rarer', ylabel='density of images', yticks=[])
+    ax.set(xlabel='score: higher is rarer', ylabel='density of images', yticks=[])
     ax.spines[['top','right','left']].set_visible(False)
     ax.legend(frameon=False)
     return ax
