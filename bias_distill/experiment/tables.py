@@ -123,7 +123,7 @@ LABELS = ('labels_known','labels_wrong') # settings of whatever sees labels
 @dataclass(frozen=True)
 class Way:
     "A weighting to choose by name."
-    reading:object        # function (view or views, labels, **settings) to a `Weighting`; with `b=` too, if it sees labels
+    reading:object        # function (view or views, labels, **settings) to a `Weighting`; takes `b=` if it sees labels
     title:str=''          # what tables call it
     view:str|tuple|None=None # of `VIEWS`, or several, of which it gets a tuple; None: it looks at nothing
     settings:tuple=()     # the run's settings that the reading takes
