@@ -65,7 +65,8 @@ def test_no_view_and_no_weighting_sees_a_bias_label(tmp_path, few_marks):
     run, found = complete(**SMOKE, weighting='gap_draw'), []
     for shuffled in (False, True):
         e = job(run, out_dir=str(tmp_path/str(shuffled)), compare=','.join(k for k,w in WEIGHTINGS.items() if not w.sees_labels))
-        if shuffled: e.train = Split(e.train.x, e.train.y, e.train.b[torch.randperm(len(e.train), generator=seeded(0))])
+        e.train = e.train[torch.randperm(len(e.train), generator=seeded(0))[:1500]]                    # of 4,000: it is said sooner
+        if shuffled: e.train = Split(e.train.x, e.train.y, e.train.b[torch.randperm(len(e.train), generator=seeded(1))])
         e.look()
         found.append({r.weighting: w for r,w in e.weigh().items()})
     i = torch.arange(40).view(10,4)
