@@ -374,7 +374,7 @@ def _beside_whole(page, rule):
             return f'{a-b:+.1f}, {standing(a, b, max(spread_of(ours), spread_of(every)))}'
         return [cell(every), *map(against, STRONGER.values())]
     table = DataFrame({f'`{d}`': line(d) for d in wanted(page, STRONG_SETS)}, ['the whole set', *STRONGER]).T
-    return page.table(table, f"{WEIGHTINGS[rule].title.removesuffix(' (ours)')}, against")
+    return page.table(table, f"{WEIGHTINGS[rule].title.removesuffix(' (ours)')}: points above the whole set")
 
 # %% ../../nbs/results/06_page.ipynb #4ef0f424
 def write_tile(
