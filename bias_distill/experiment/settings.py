@@ -80,7 +80,7 @@ class What(Base):
     distiller:one_of('distiller', DISTILLERS) = setting(
         "'dm', 'dc', 'dsa', 'mtt', 'pool'; real images: 'random', 'kmeans', 'rded', or 'none' (all)", 'dm')
     weighting:one_of('weighting', WEIGHTINGS) = setting(
-        "'kde' (the paper's), 'uniform' (vanilla), 'gap_draw', 'group_draw' (ours); others: see the docs", 'kde')
+        "'kde' (the paper's), 'uniform' (vanilla), 'gap_draw', 'group_draw' (ours); see the docs", 'kde')
     debiaser:one_of('debiaser', DEBIASERS) = setting(
         "what trains on the distilled set: 'none', 'erm' (plain, by Adam), 'selecmix', 'dfa'", 'none')
     profile:one_of('profile', PROFILES) = setting("'smoke' (seconds), 'laptop' (minutes), 'paper' (a GPU)", 'laptop')

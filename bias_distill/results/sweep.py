@@ -370,8 +370,7 @@ def estimates(
 )->list:             # of seconds; None where there are no rows of a profile
     "Seconds that each cell will take, from the rows most like it."
     rows = frame(rows)
-    costs = rows[[k for k in ('seconds','beside') if k in rows]].to_dict('records')
-    took = Series(map(row_seconds, costs), rows.index, dtype=float)
+    took = Series(map(row_seconds, rows.filter(['seconds','beside']).to_dict('records')), rows.index, dtype=float)
     names = {k: rows[k].map(str) for k in LIKE[0]}
     def mean_by(keys): return took.groupby(Series([*zip(*map(names.get, keys))], rows.index)).mean().to_dict()
     means = {keys: mean_by(keys) for keys in LIKE}
