@@ -112,7 +112,7 @@ VIEWS = dict(
     cross_entropy=View(classifier_view, STEPPED),
     errors=View(errors_view, STEPPED),
     chosen=View(chosen_view, ('encoder_tau','encoder_width'), steps=300),
-    guess=View(guess_view, ('encoder_width',), steps=200), # classifiers, about as long
+    guess=View(guess_view, ('encoder_width',), steps=200), # four classifiers, about as long as so many
     selecmix=View(selecmix_view, STEPPED),
     lff=View(lff_view, STEPPED),
     dfa=View(dfa_view, STEPPED))
