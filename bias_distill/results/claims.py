@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'FAR', 'ALIKE', 'RULES', 'verdict', 'number', 'judge', 'known', 'gain', 'below', 'share_lost', 'compared',
-           'losses', 'against', 'faces', 'standing', 'against_fairdd']
+           'losses', 'against', 'faces', 'standing', 'against_fairdd', 'alike']
 
 # %% ../../nbs/results/02_claims.ipynb #14c2a0d4
 from pandas import DataFrame, isna
@@ -193,3 +193,17 @@ def against_fairdd(
     lines = {f'`{o["dataset"]}`, IPC {o["ipc"]}': line(**o) for o in grid(dataset=tuple(datasets), ipc=tuple(ipcs))}
     columns = [method(way),'FairDD, published','ours against it','FairDD, our run','ours against that']
     return DataFrame(lines.values(), list(lines), columns)
+
+# %% ../../nbs/results/02_claims.ipynb #e845de9b
+def alike(
+    one,   # two frames of a cell: rows of the profile as it is, and as it was
+    other, # the same, of another cell
+)->tuple:  # two frames over the seeds that both have; are they of different versions of the profile?
+    "The rows by which two cells are compared."
+    def common(a, b):
+        both = {*a.seed} & {*b.seed}
+        return [o[o.seed.isin(both)] for o in (a, b)]
+    same, mixed = ([common(*o) for o in zip(one, twin)] for twin in (other, other[::-1]))
+    most = max(same, key=lambda o: len(o[0]))
+    if len(most[0]): return *most, False
+    return *max(mixed, key=lambda o: len(o[0])), True
