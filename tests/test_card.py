@@ -17,8 +17,7 @@ from bias_distill.results.card import HOME, LICENCES, ORIGINS, PAPER, export_car
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(profile='smoke', ipc=2)
 
-@pytest.fixture(autouse=True)
-def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
+pytestmark = pytest.mark.usefixtures('small_data')
 
 def job(out, data_dir=None, **settings):
     "A finished experiment, and its row."

@@ -12,8 +12,7 @@ from bias_distill.experiment.tables import VIEWS
 from notebooks import execute, texts
 from test_run import finish, job, results
 
-@pytest.fixture(autouse=True)
-def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
+pytestmark = pytest.mark.usefixtures('small_data')
 
 SMOKE = dict(profile='smoke', ipc=2)
 TIMES = ('seconds','memory_mb','peak_memory_mb','made')

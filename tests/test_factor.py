@@ -23,8 +23,7 @@ from bias_distill.weights.weighting import Weighting, uniform
 from notebooks import execute, texts
 from test_run import ROOT, finish, job, results, rows
 
-@pytest.fixture(autouse=True)
-def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
+pytestmark = pytest.mark.usefixtures('small_data')
 
 SMALL = dict(profile='smoke', ipc=2, factor=2)
 PACKED = [d for d,m in DISTILLERS.items() if m.packs]

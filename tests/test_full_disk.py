@@ -8,8 +8,7 @@ RUNS = {
     'dm': dict(weighting='kde'),
     'mtt': dict(distiller='mtt', weighting='uniform', augment='none', experts=1, expert_epochs=2, latest_start=1, iterations=2)}
 
-@pytest.fixture(autouse=True)
-def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
+pytestmark = pytest.mark.usefixtures('small_data')
 
 def images(folder): return {p.name: p.read_bytes() for p in folder.glob('*.safetensors')}
 

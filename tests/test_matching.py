@@ -6,6 +6,7 @@ import pytest, torch, torch.nn.functional as F
 from safetensors.torch import load_file
 from bias_distill.experiment import experiment
 from bias_distill.data.names import seeded
+from bias_distill.distill.coreset import coreset
 from bias_distill.distill.dsa import distance, gradients, image_gradients, parameters, real_gradients
 from bias_distill.networks.convnet import logits
 from bias_distill.experiment.tables import DISTILLERS
@@ -17,8 +18,7 @@ from bias_distill.networks.convnet import ConvNet
 from notebooks import execute, texts
 from test_run import finish, job, results
 
-@pytest.fixture(autouse=True)
-def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
+pytestmark = pytest.mark.usefixtures('small_data')
 
 def small_net(width=4): return ConvNet(3, 8, width, mean=[.4,.5,.6]).reset(seeded(1)).double()
 def images(*n): return torch.rand(*n, 3, 8, 8, generator=seeded(len(n), *n), dtype=torch.double)
@@ -141,6 +141,18 @@ def test_every_way_to_use_weights(distiller, tmp_path):
     assert all(v.isfinite().all() for v in x.values())
     for i,a in enumerate(x):
         for b in list(x)[:i]: assert not torch.equal(x[a], x[b]), (a, b)
+
+def test_a_start_from_centres(tmp_path):
+    "The images that `kmeans` would choose, kept before the first step; alone as in company."
+    runs = [complete(profile='smoke', ipc=2, factor=2, init='kmeans', weighting=w) for w in ('uniform','oracle_draw')]
+    beside = finish(experiment.Experiment(runs, out_dir=str(tmp_path/'beside')))
+    e = experiment.Experiment(runs[1:], out_dir=str(tmp_path/'alone')); e.look(); e.weigh()
+    state, name = e._state(e.run), e.weightings[e.run].name                            # killed here
+    chosen = coreset(e.train, e.weightings[e.run], 2, 10, e.run.width, factor=2, seed=0)
+    assert torch.equal(state['x'][name], chosen) and load_tensors(e.store.stage(e.run, 'distill'))[1]['t'] == 0
+    row, = finish(experiment.Experiment(runs[1:], out_dir=str(tmp_path/'alone')))
+    x, y = (load_file(tmp_path/o/f"{row['key']}.safetensors")['x'] for o in ('alone','beside'))
+    assert torch.equal(x, y) and row['accuracy'] == beside[1]['accuracy'] and row['init'] == 'kmeans' and not torch.equal(x, chosen.flatten(0,1))
 
 @pytest.mark.compiled
 def test_experts_are_trained_once(undisturbed, monkeypatch):

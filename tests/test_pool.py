@@ -25,8 +25,7 @@ from test_matching import Killed, killer
 from notebooks import execute, texts
 from test_run import finish, job, results
 
-@pytest.fixture(autouse=True)
-def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
+pytestmark = pytest.mark.usefixtures('small_data')
 
 def few_images():
     x = torch.randint(0, 256, (120,3,8,8), generator=seeded(0), dtype=torch.uint8)

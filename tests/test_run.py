@@ -17,12 +17,9 @@ from bias_distill.networks.fast import can_compile
 from bias_distill.networks.testing import predict
 from bias_distill.networks.training import train
 
-pytestmark = pytest.mark.compiled   # the main job, and its promises about bits, as users run it
+pytestmark = [pytest.mark.usefixtures('small_data'), pytest.mark.compiled]   # the main job, and its promises about bits, as users run it
 TIMES = ('seconds','memory_mb','peak_memory_mb','made')
 RUN = dict(profile='smoke', ipc=2, iterations=30)
-
-@pytest.fixture(autouse=True)
-def small_data(monkeypatch): monkeypatch.delenv('BIAS_DISTILL_DATA', raising=False)
 
 def environment(): return {k: v for k,v in os.environ.items() if k not in ('IN_TEST','BIAS_DISTILL_DATA')}
 def job(run, compare=True, **where):

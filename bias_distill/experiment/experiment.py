@@ -217,16 +217,15 @@ def _state(self:Experiment, run)->dict:
 @patch
 def _fresh(self:Experiment, run)->dict:
     "The state before any step: images to start from, or chosen ones, which are final and kept."
-    w, method = self.weightings[run], DISTILLERS[run.distiller]
-    state = start(self.train, [w], run.ipc, run.init, self.classes, run.seed, run.factor or 1)
-    state |= dict(seconds=0., memory=0., experts=None)
-    if not method.select: return state
-    seconds, memory = {}, {}
+    w, method, seconds, memory = self.weightings[run], DISTILLERS[run.distiller], {}, {}
     with repeatable(self.device), watch(seconds, memory, 'distill', self.device):
-        state['x'][w.name] = method.select(self.train, w, run.ipc, self.classes, run.width, self.compile, seed=run.seed,
-                                           **settings_of(run))
-    state |= dict(seconds=seconds['distill'], memory=memory['distill'])
-    self._keep(run, state)
+        state = start(self.train, [w], run.ipc, run.init, self.classes, run.seed, run.factor or 1, run.width,
+                      self.compile)
+        if method.select:
+            state['x'][w.name] = method.select(self.train, w, run.ipc, self.classes, run.width, self.compile,
+                                               seed=run.seed, **settings_of(run))
+    state |= dict(seconds=seconds['distill'], memory=memory['distill'], experts=None)
+    if method.select or run.init=='kmeans': self._keep(run, state)
     return state
 
 # %% ../../nbs/experiment/07_experiment.ipynb #5b55dfad

@@ -108,7 +108,9 @@ def distilling_passes(
     groups = side_by_side(once(runs, lambda r: 'distill'))
     found = [(g[0].width, *PASSES.get(g[0].distiller, _no_passes)(e, g)) for g in groups]
     trained = once(runs, lambda r: 'experts0' if DISTILLERS[r.distiller].experts else None)
-    return found + [(r.width, expert_passes(e, r), 0) for r in trained]
+    central = once(runs, lambda r: 'distill' if r.init=='kmeans' else None)
+    looks = [(r.width, len(e.train), 0) for r in central]
+    return found + looks + [(r.width, expert_passes(e, r), 0) for r in trained]
 
 def viewers(
     runs:list, # of one experiment

@@ -47,7 +47,7 @@ def run_key(
     "Readable and unique: dataset, conflict, ipc, distiller, weighting, debiaser, seed and a hash of everything."
     share = '' if run.conflict is None else f'-{run.conflict*100:g}pct'
     after = '' if run.debiaser=='none' else f'-{run.debiaser}'
-    tiles = f'-factor{run.factor}' if run.factor else ''
+    tiles = (f'-factor{run.factor}' if run.factor else '') + '-from_kmeans'*(run.init=='kmeans')
     name = f'{run.dataset}{share}-ipc{run.ipc}-{run.distiller}{tiles}-{run.weighting}{after}-seed{run.seed}'
     return f"{name}-{stage_key(run, 'row', data)}"
 

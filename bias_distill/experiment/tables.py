@@ -233,5 +233,6 @@ def method(
     get = dict(run).get
     weights, after = WEIGHTINGS.get(get('weighting')), DEBIASERS[get('debiaser', 'none')].title
     held = f", factor {get('factor')}" if get('factor') else ''
+    held += ', from k-means'*(get('init')=='kmeans')
     parts = (DISTILLERS[get('distiller')].title+held, weights.title if weights else get('weighting'))
     return ' + '.join(o for o in parts if o) + (f', then {after}' if after else '')

@@ -53,10 +53,11 @@ def where(
     rows,       # frame, or list of dicts
     **setting,  # column=value; None: nothing is there; ...: whatever is there
 )->DataFrame:
-    "The rows that agree with all of `setting`, and with `USUAL` where it says nothing. Refuses an unknown column."
+    "The rows that agree with all of `setting`, and with what is usual where it says nothing. Refuses an unknown column."
     rows = frame(rows)
     for k in setting:
         if len(rows) and k not in rows: raise ValueError(unknown('column', k, rows.columns))
+    if 'init' not in setting: rows = rows[rows['init']!='kmeans']   # that start is asked for by name
     for k,v in (USUAL | setting).items():
         if v is ... or not len(rows): continue
         rows = rows[rows[k].isna() if v is None else rows[k]==v]
@@ -82,7 +83,7 @@ def is_plain(
     before:bool=False, # as its profile was before
 )->bool:
     "Has a row no setting but its profile's own?"
-    auto = complete(**{k: row.get(k) for k in VARY})
+    auto = complete(**{k: row.get(k) for k in VARY}, init='kmeans' if row.get('init')=='kmeans' else None)
     unused = ignored(row['weighting'])
     return all(row.get(k) in (v, None) for k,v in (earlier(auto) if before else auto) if k not in unused)
 
@@ -94,7 +95,8 @@ def plain(
     def those(before): return Series([is_plain(r, before) for r in rows.to_dict('records')], rows.index, dtype=bool)
     now = those(before=False)
     rows = rows.assign(earlier=~now).loc[now | those(before=True)]
-    cells = Series([str([r[k] for k in VARY if k!='seed']) for r in rows.to_dict('records')], rows.index, dtype=object)
+    def cell_of(r): return str([r[k] for k in VARY if k!='seed'] + [r['init']=='kmeans'])
+    cells = Series([cell_of(r) for r in rows.to_dict('records')], rows.index, dtype=object)
     new, old = (cells.map(cells[o].value_counts()).fillna(0) for o in (~rows.earlier, rows.earlier))
     return rows.loc[rows.earlier==(old > new)]
 
@@ -366,10 +368,10 @@ PUBLISHED = [
 def all_published(
     row,         # dict of settings, such as a row; or a line of a frame
 )->list:         # of dicts, with `accuracy`, `source` and `note`
-    "The published results for a row's setting. None knew too few bias labels, or put several images in one."
+    "The published results for a row's setting. None knew too few bias labels, put several images in one, or started from k-means."
     keys = ('dataset','conflict','ipc','distiller','weighting','debiaser')
     network = None if row.get('network')=='convnet' else row.get('network')
-    if any(row.get(k) is not None for k in (*LABELS,'factor')): return []
+    if any(row.get(k) is not None for k in (*LABELS,'factor')) or row.get('init')=='kmeans': return []
     return [p for p in PUBLISHED if p['network']==network and all(p[k]==row[k] for k in keys)]
 
 def published(

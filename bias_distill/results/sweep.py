@@ -42,7 +42,8 @@ def cell_name(
     after = '' if run.debiaser=='none' else run.debiaser
     split = '' if run.split=='test' else run.split
     tiles = f'factor{run.factor}' if run.factor else ''
-    what = [run.dataset, share, images, run.distiller, tiles, run.weighting, after, run.network, split]
+    begun = 'from_kmeans' if run.init=='kmeans' else ''
+    what = [run.dataset, share, images, run.distiller, tiles, begun, run.weighting, after, run.network, split]
     return '-'.join([p for p in what if p] + [f'seed{run.seed}', setting(run)])
 
 def run_of(
@@ -73,7 +74,7 @@ FULL = dict(conflicts=(.01,.02,.05), ipcs=(1,10,50), ipc=10, debias_ipcs=(10,50)
             fair_sets=('cmnist_fg','cmnist_bg','cfmnist_fg','cfmnist_bg','cifar10_s','utkface_race'), strong=None,
             labels_sets=('cmnist_fg','cifar10_s'), judged_sets=('cmnist','bg_fmnist'), fair={}, fair_steps={},
             peers=dict(profile='paper'))
-SMOKE = dict(conflicts=(.05,), ipcs=(1,), ipc=1, debias_ipcs=(1,), whole=(.05,), strong=('DM, four images in one',),
+SMOKE = dict(conflicts=(.05,), ipcs=(1,), ipc=1, debias_ipcs=(1,), whole=(.05,), strong=('DM, four in one, from k-means',),
              variances=(.05,.2), taus=(1.,), encoder_taus=(.5,), encoder_steps=(5,10),
              fair_ipcs=(1,), known=(.25,1.), wrong=(0.,.25), judged_ipcs=(1,), judged_epochs=6,
              fair_sets=('cmnist_fg',), labels_sets=('cmnist_fg',), judged_sets=('cmnist',), fair={}, fair_steps={},
@@ -203,7 +204,9 @@ def for_judges(
 # %% ../../nbs/results/05_sweep.ipynb #8672d771
 STRONGER = { # title -> a distiller and its settings
     'DM': dict(distiller='dm'),
+    'DM, from k-means': dict(distiller='dm', init='kmeans'),
     'DM, four images in one': dict(distiller='dm', factor=2),
+    'DM, four in one, from k-means': dict(distiller='dm', factor=2, init='kmeans'),
     'matching in a pool': dict(distiller='pool'),
     'a pool, whole distributions': dict(distiller='pool', metric='ecf'),
     'RDED, four crops in one': dict(distiller='rded', factor=2)}
