@@ -63,6 +63,7 @@ def central_images(
         chosen.append(i[nearest(mine, cluster_centres(mine, n, w, seed)).to(i.device)])
     return pack(to_float(x[torch.stack(chosen)]), factor)
 
+# %% ../../nbs/distill/05_coreset.ipynb #17848564
 def coreset(
     split:Split,         # training set, on the device to work on; its bias labels are not read
     weighting:Weighting, # its `p` are the sample weights; without: all alike

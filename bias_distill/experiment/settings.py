@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'SPLITS', 'SHARE', 'HEADINGS', 'GROUPS', 'FIELDS', 'KINDS', 'GRADIENT', 'TRAINED', 'DEFAULTS', 'SINGLE',
            'CHECKS', 'NOTHING', 'one_of', 'augmentation', 'setting', 'Base', 'What', 'Weighing', 'Distilling',
            'Judging', 'Run', 'new_fields', 'shown', 'complaint', 'facts', 'holds', 'few', 'few_lenet', 'outer', 'inner',
-           'defaults', 'wrong_data', 'wrong_weights', 'wrong_distilling', 'wrong_judging', 'complete']
+           'defaults', 'wrong_data', 'wrong_weights', 'wrong_start', 'wrong_distilling', 'wrong_judging', 'complete']
 
 # %% ../../nbs/experiment/02_settings.ipynb #18251b21
 from typing import Annotated
@@ -330,9 +330,6 @@ def wrong_weights(
 )->list:       # of str
     "What is wrong with the weighting's settings."
     way, method, bad = WEIGHTINGS[run.weighting], DISTILLERS[run.distiller], []
-    drawing = ' or '.join(k for k,w in WEIGHTINGS.items() if w.draws)
-    if run.init=='weighted' and not way.draws:
-        bad.append(f"init='weighted' needs a weighting that draws, {drawing}, got weighting={run.weighting!r}")
     if run.rare is not None and 'rare' not in way.settings:
         bad.append(f"rare={run.rare}: only weighting='kde_rare' takes it, got weighting={run.weighting!r}")
     readers = ' or '.join(k for k,w in WEIGHTINGS.items() if w.sees_labels)
@@ -346,6 +343,22 @@ def wrong_weights(
     if method.weighs=='draw' and run.weighting!='uniform' and not way.draws:
         bad.append(f'weighting={run.weighting!r}: distiller={run.distiller!r} has no mean to weight; '
                    'expected uniform, or one that draws')
+    return bad
+
+# %% ../../nbs/experiment/02_settings.ipynb #8fb4d993
+def wrong_start(
+    run:Run,   # complete
+    given:Run, # as the user gave it
+)->list:       # of str
+    "What is wrong with where the images start."
+    way, method, bad = WEIGHTINGS[run.weighting], DISTILLERS[run.distiller], []
+    drawing = ' or '.join(k for k,w in WEIGHTINGS.items() if w.draws)
+    if run.init=='weighted' and not way.draws:
+        bad.append(f"init='weighted' needs a weighting that draws, {drawing}, got weighting={run.weighting!r}")
+    if (method.select or method.whole) and run.init!=('weighted' if way.draws else 'real'):
+        bad.append(f'init={run.init!r}: distiller={run.distiller!r} starts from no images; expected None')
+    if run.distiller=='random' and run.init=='kmeans':
+        bad.append("init='kmeans': distiller='random' draws its images; expected distiller='kmeans'")
     return bad
 
 # %% ../../nbs/experiment/02_settings.ipynb #0b9e220e
@@ -369,11 +382,6 @@ def wrong_distilling(
     if method.steps and run.iterations < 1: bad.append(f'iterations={run.iterations}: expected at least 1')
     if not method.steps and run.iterations:
         bad.append(f'iterations={run.iterations}: distiller={run.distiller!r} takes no steps; expected 0, or None')
-    usual = 'weighted' if WEIGHTINGS[run.weighting].draws else 'real'
-    if (method.select or method.whole) and run.init!=usual:
-        bad.append(f'init={run.init!r}: distiller={run.distiller!r} starts from no images; expected None')
-    if run.distiller=='random' and run.init=='kmeans':
-        bad.append("init='kmeans': distiller='random' draws its images; expected distiller='kmeans'")
     if 'ahead' in method.settings and run.latest_start+run.ahead > run.expert_epochs:
         last = run.latest_start+run.ahead
         bad.append(f'latest_start={run.latest_start} and ahead={run.ahead} reach snapshot {last}; '
@@ -401,7 +409,7 @@ def wrong_judging(
         bad.append(f'eval_width={given.eval_width}: network={run.network!r} has a width of its own; leave it out')
     return bad
 
-CHECKS = [wrong_data, wrong_weights, wrong_distilling, wrong_judging]
+CHECKS = [wrong_data, wrong_weights, wrong_start, wrong_distilling, wrong_judging]
 
 # %% ../../nbs/experiment/02_settings.ipynb #307cb6f0
 NOTHING = dict(zip(LABELS, (1,0)), factor=1) # values that change nothing, kept as None, as if they were not given

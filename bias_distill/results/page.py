@@ -30,8 +30,8 @@ from bias_distill.results.rows import (
     FAIRNESS, MEASURES, average, by_measure, cell, cross, earlier, flat, frame, mean_of, pivot, published, spread_of,
     to_markdown)
 from .sweep import (
-    FACE_METHODS, FAIR_METHODS, NEEDS, SCALES, STRONGER, STRONG_SETS, TABLE_METHODS, at_hand, cells, estimates, hash_of,
-    judged_by, planned, run_of, setting, shown, ways_of)
+    FACE_METHODS, FAIR_METHODS, FROM_KMEANS, NEEDS, SCALES, STRONGER, STRONG_SETS, TABLE_METHODS, at_hand, cells,
+    estimates, hash_of, judged_by, pairs, planned, run_of, setting, shown, ways_of)
 from .tables import by_dataset, by_ipc, by_method, fair_cell, fair_table, grid_table
 
 # %% ../../nbs/results/06_page.ipynb #5eb6ff57
@@ -259,7 +259,8 @@ def fair_tables(
 )->Markdown:   # the last
     "Add a table for each number of images per class: accuracy, DEO_M and DEO_A, beside what was published."
     sets = wanted(page, page.scale['fair_sets'])
-    parts = {f'IPC {i}': fair_table(page.rows, sets, i, FAIR_METHODS) for i in page.scale['fair_ipcs']*bool(sets)}
+    methods = pairs(FAIR_METHODS) + [o | dict(init='kmeans') for o in pairs(FROM_KMEANS)]
+    parts = {f'IPC {i}': fair_table(page.rows, sets, i, methods) for i in page.scale['fair_ipcs']*bool(sets)}
     corner = 'accuracy in %, below it DEO_M / DEO_A'
     return [page.table(o, corner, title=title) for title,o in parts.items()][-1] if parts else page.text('')
 

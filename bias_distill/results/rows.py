@@ -53,7 +53,7 @@ def where(
     rows,       # frame, or list of dicts
     **setting,  # column=value; None: nothing is there; ...: whatever is there
 )->DataFrame:
-    "The rows that agree with all of `setting`, and with what is usual where it says nothing. Refuses an unknown column."
+    "The rows that agree with `setting`, and with what is usual where it says nothing. Refuses an unknown column."
     rows = frame(rows)
     for k in setting:
         if len(rows) and k not in rows: raise ValueError(unknown('column', k, rows.columns))

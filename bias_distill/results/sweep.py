@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FULL', 'SMOKE', 'HALF', 'SCALES', 'SETS', 'UNBIASED', 'PLAINLY', 'TABLE_METHODS', 'FACE_METHODS', 'FAIR_METHODS',
-           'AMPLIFIERS', 'PICTURED', 'FIRST', 'COMPARED', 'ARCHITECTURES', 'WHOLE', 'STRONGER', 'STRONG_SETS',
-           'STRONG_WAYS', 'NEEDS', 'ASKED_FOR', 'EVERYBODY', 'HEADLINE', 'LIKE', 'setting', 'cell_name', 'run_of',
-           'planned', 'pairs', 'on_whole', 'of_dataset', 'for_amplification', 'for_faces', 'for_debiasing',
+           'FROM_KMEANS', 'AMPLIFIERS', 'PICTURED', 'FIRST', 'COMPARED', 'ARCHITECTURES', 'WHOLE', 'STRONGER',
+           'STRONG_SETS', 'STRONG_WAYS', 'NEEDS', 'ASKED_FOR', 'EVERYBODY', 'HEADLINE', 'LIKE', 'setting', 'cell_name',
+           'run_of', 'planned', 'pairs', 'on_whole', 'of_dataset', 'for_amplification', 'for_faces', 'for_debiasing',
            'for_images', 'for_sensitivity', 'for_fairness', 'for_labels', 'judged_by', 'for_judges', 'ways_of',
            'for_distillers', 'for_nothing', 'for_claims', 'for_peers', 'at_one_ratio', 'check_axes', 'cells', 'sweep',
            'shown', 'hash_of', 'at_hand', 'row_seconds', 'estimates', 'estimate']
@@ -74,8 +74,8 @@ FULL = dict(conflicts=(.01,.02,.05), ipcs=(1,10,50), ipc=10, debias_ipcs=(10,50)
             fair_sets=('cmnist_fg','cmnist_bg','cfmnist_fg','cfmnist_bg','cifar10_s','utkface_race'), strong=None,
             labels_sets=('cmnist_fg','cifar10_s'), judged_sets=('cmnist','bg_fmnist'), fair={}, fair_steps={},
             peers=dict(profile='paper'))
-SMOKE = dict(conflicts=(.05,), ipcs=(1,), ipc=1, debias_ipcs=(1,), whole=(.05,), strong=('DM, four in one, from k-means',),
-             variances=(.05,.2), taus=(1.,), encoder_taus=(.5,), encoder_steps=(5,10),
+SMOKE = dict(conflicts=(.05,), ipcs=(1,), ipc=1, debias_ipcs=(1,), whole=(.05,), variances=(.05,.2),
+             strong=('DM, four in one, from k-means',), taus=(1.,), encoder_taus=(.5,), encoder_steps=(5,10),
              fair_ipcs=(1,), known=(.25,1.), wrong=(0.,.25), judged_ipcs=(1,), judged_epochs=6,
              fair_sets=('cmnist_fg',), labels_sets=('cmnist_fg',), judged_sets=('cmnist',), fair={}, fair_steps={},
              peers={})
@@ -94,6 +94,7 @@ TABLE_METHODS = (*PLAINLY, ('dsa','uniform'), ('dsa','kde'), ('dm','oracle'))
 FACE_METHODS = (*PLAINLY, ('dm','kde_rare'), ('dm','gap_draw'), ('dm','oracle'))
 FAIR_METHODS = (('random','uniform'), ('kmeans','uniform'), ('kmeans','gap_draw'), ('dm','uniform'), ('dm','kde'),
                 ('dm','gap_draw'), ('dm','group_draw'), ('dm','fairdd'), ('dm','oracle_draw'))
+FROM_KMEANS = (('dm','gap_draw'), ('dm','group_draw'), ('dm','fairdd')) # these of them also from that start
 AMPLIFIERS = (('random','uniform'), ('dm','uniform'), ('dsa','uniform'), ('mtt','uniform'))
 PICTURED = (('dm','uniform'), ('dm','kde'), ('dsa','uniform'), ('dsa','kde'))
 FIRST = ('uniform','kde','kde_selecmix','dfa','lff','gap_draw','oracle') # by what a debiaser sees, beside others
@@ -175,6 +176,7 @@ def for_fairness(
     at = dict(dataset=s['fair_sets']) | s['fair']
     chosen, matched = ([m for m in FAIR_METHODS if (m[0]=='dm')==dm] for dm in (False, True))
     each = [pairs(matched, ipc=i, **at, **s['fair_steps'].get(i, {})) for i in s['fair_ipcs']]
+    each += [[o | dict(init='kmeans') for o in some if (o['distiller'],o['weighting']) in FROM_KMEANS] for some in each]
     return pairs(chosen, ipc=s['fair_ipcs'], **at) + sum(each, []) + on_whole(**at)
 
 def for_labels(
@@ -185,6 +187,7 @@ def for_labels(
     told = dict(labels_known=s['known']), dict(labels_wrong=s['wrong'])
     return grid(**at, weighting=('kde','gap_draw')) + sum([grid(**at, weighting='fairdd', **o) for o in told], [])
 
+# %% ../../nbs/results/05_sweep.ipynb #d65294df
 def judged_by(
     s:dict,      # of `SCALES`
     dataset:str, # of `DATASETS`

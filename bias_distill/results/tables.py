@@ -212,17 +212,18 @@ def fair_table(
     rows,        # frame, or list of dicts
     datasets,    # names
     ipc:int,     # images per class
-    methods,     # pairs of a distiller and a weighting
+    methods,     # dicts with `distiller` and `weighting`; with `init`, if they start from k-means
 )->DataFrame:    # of str
     "Accuracy and DEO, a line a method and a column a set; beneath each what was published, and last the whole set."
     theirs = [p for p in PUBLISHED if p['dataset'] in datasets and p['ipc']==ipc and p['distiller']=='dm']
-    pairs = list(dict.fromkeys([*methods, *(('dm',p['weighting']) for p in theirs), ('none','uniform')]))
-    lines = []
-    for d,w in pairs:
-        at = dict(distiller=d, weighting=w)
-        found = where(rows, **at, ipc=0 if d=='none' else ipc, labels_known=None, labels_wrong=None)
-        if w in WEIGHTINGS: lines.append([method(at), *(fair_cell(where(found, dataset=o)) for o in datasets)])
-        lines += paper_lines(datasets, 0 if d=='none' else ipc, at)
+    named = [('dm', p['weighting']) for p in theirs] + [('none','uniform')]
+    every, lines = [*methods, *(dict(distiller=d, weighting=w) for d,w in named)], []
+    for at in [o for i,o in enumerate(every) if o not in every[:i]]:
+        shown = 0 if at['distiller']=='none' else ipc
+        found = where(rows, **at, ipc=shown, labels_known=None, labels_wrong=None)
+        def of(dataset): return fair_cell(where(found, dataset=dataset, init=...))
+        if at['weighting'] in WEIGHTINGS: lines.append([method(at), *map(of, datasets)])
+        lines += paper_lines(datasets, shown, at)
     return DataFrame(lines, columns=['', *(f'`{o}`' for o in datasets)]).set_index('')
 
 def paper_lines(
