@@ -75,7 +75,7 @@ FULL = dict(conflicts=(.01,.02,.05), ipcs=(1,10,50), ipc=10, debias_ipcs=(10,50)
             labels_sets=('cmnist_fg','cifar10_s'), judged_sets=('cmnist','bg_fmnist'), fair={}, fair_steps={},
             peers=dict(profile='paper'))
 SMOKE = dict(conflicts=(.05,), ipcs=(1,), ipc=1, debias_ipcs=(1,), whole=(.05,), variances=(.05,.2),
-             strong=('DM, four in one, from k-means',), taus=(1.,), encoder_taus=(.5,), encoder_steps=(5,10),
+             strong=('DM, four images in one',), taus=(1.,), encoder_taus=(.5,), encoder_steps=(5,10),
              fair_ipcs=(1,), known=(.25,1.), wrong=(0.,.25), judged_ipcs=(1,), judged_epochs=6,
              fair_sets=('cmnist_fg',), labels_sets=('cmnist_fg',), judged_sets=('cmnist',), fair={}, fair_steps={},
              peers={})
@@ -209,7 +209,6 @@ STRONGER = { # title -> a distiller and its settings
     'DM': dict(distiller='dm'),
     'DM, from k-means': dict(distiller='dm', init='kmeans'),
     'DM, four images in one': dict(distiller='dm', factor=2),
-    'DM, four in one, from k-means': dict(distiller='dm', factor=2, init='kmeans'),
     'matching in a pool': dict(distiller='pool'),
     'a pool, whole distributions': dict(distiller='pool', metric='ecf'),
     'RDED, four crops in one': dict(distiller='rded', factor=2)}
