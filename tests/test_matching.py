@@ -6,10 +6,9 @@ import pytest, torch, torch.nn.functional as F
 from safetensors.torch import load_file
 from bias_distill.experiment import experiment
 from bias_distill.data.names import seeded
-from bias_distill.distill.coreset import coreset
 from bias_distill.distill.dsa import distance, gradients, image_gradients, parameters, real_gradients
 from bias_distill.networks.convnet import logits
-from bias_distill.experiment.tables import DISTILLERS
+from bias_distill.experiment.tables import DISTILLERS, coreset
 from bias_distill.experiment.settings import complete
 from bias_distill.data.kept import load_tensors, save_tensors
 from bias_distill.distill.mtt import Trajectories, steps, trajectory_gradients

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATASETS', 'NETWORKS', 'STEPPED', 'VIEWS', 'LABELS', 'DENSITY', 'WEIGHTINGS', 'ENCODER', 'LOOPED', 'EXPERTS',
            'STUDENT', 'DISTILLERS', 'DEBIASERS', 'Dataset', 'load', 'Network', 'View', 'Way', 'ignored', 'Method',
-           'Judge', 'method']
+           'coreset', 'Judge', 'method']
 
 # %% ../../nbs/experiment/01_tables.ipynb #719508f3
 from dataclasses import dataclass, field
@@ -22,9 +22,9 @@ from ..data.painted import cfmnist_bg, cfmnist_fg, cmnist_bg, cmnist_fg
 from ..data.utkface_race import utkface_race
 from ..debias.dfa import dfa, dfa_view, lff_view
 from ..debias.selecmix import selecmix, selecmix_view
-from ..distill.coreset import coreset
 from ..distill.dm import dm
 from ..distill.dsa import dc, dsa
+from ..distill.images import central_images
 from ..distill.mtt import mtt
 from ..distill.pool import pool
 from ..distill.rded import rded
@@ -35,7 +35,8 @@ from ..weights.choice import chosen_view, gap, gap_draw, group_draw, kde_in
 from ..weights.crowding import clusters, knn
 from ..weights.guess import guess_draw, guess_view
 from ..weights.views import classifier_view, errors_view, jtt, pixels_view, random_view, supcon_view
-from ..weights.weighting import by_difficulty, fairdd, kde, kde_draw, kde_rare, oracle, oracle_draw, uniform
+from ..weights.weighting import (
+    by_difficulty, class_index, fairdd, kde, kde_draw, kde_rare, oracle, oracle_draw, uniform)
 
 # %% ../../nbs/experiment/01_tables.ipynb #812ea9ad
 @dataclass(frozen=True)
@@ -194,6 +195,22 @@ class Method:
     def takes(self)->tuple: # of names of settings
         "The run's settings that only some distillers take."
         return self.settings + self.experts + ('factor',)*self.packs
+
+# %% ../../nbs/experiment/01_tables.ipynb #17848564
+def coreset(
+    split,               # `Split`, on the device to work on; its bias labels are not read
+    weighting,           # `Weighting`; its `p` are the sample weights; without: all alike
+    ipc:int,             # images per class
+    classes:int,         # number of classes
+    width:int=128,       # channels of the random ConvNet
+    compile:bool=True,   # False for short runs
+    *,
+    factor:int=1,        # real images along a side of each
+    seed:int,            # of the network and the clusters' start
+)->object:               # (classes, ipc, 3, h, w) real images, or mosaics of them, in 0 to 1
+    "Real images nearest to the centres of k-means, called as `DISTILLERS` calls what selects."
+    index = class_index(split.y, classes)
+    return central_images(split.x, index, ipc, weighting.p, width, compile, factor=factor, seed=seed)
 
 # %% ../../nbs/experiment/01_tables.ipynb #398b5324
 LOOPED = ('outer_steps','inner_epochs','lr_net')

@@ -368,7 +368,7 @@ PUBLISHED = [
 def all_published(
     row,         # dict of settings, such as a row; or a line of a frame
 )->list:         # of dicts, with `accuracy`, `source` and `note`
-    "The published results for a row's setting. None knew too few bias labels, put several images in one, or started from k-means."
+    "The published results for a row's setting. None knew too few labels, packed images, or started from k-means."
     keys = ('dataset','conflict','ipc','distiller','weighting','debiaser')
     network = None if row.get('network')=='convnet' else row.get('network')
     if any(row.get(k) is not None for k in (*LABELS,'factor')) or row.get('init')=='kmeans': return []
