@@ -103,9 +103,9 @@ PARAMETERS = [
     (dict(augment='crop_crop'), ["'crop'", '2 times', "'crop_crop'"]),
     (dict(init='weighted', weighting='kde'), ["init='weighted'", 'kde_draw', "weighting='kde'"]),
     (dict(init='weighted', weighting='uniform'), ["init='weighted'", 'kde_draw', "weighting='uniform'"]),
-    (dict(init='kmeans', distiller='rded', weighting='uniform'), ["init='kmeans'", "distiller='rded' starts from no images"]),
-    (dict(init='noise', distiller='none', weighting='uniform'), ["init='noise'", "distiller='none' starts from no images"]),
-    (dict(init='kmeans', distiller='random', weighting='uniform'), ["init='kmeans'", "expected distiller='kmeans'"]),
+    (dict(init='kmeans', distiller='rded', weighting='uniform'), ["init='kmeans'", "distiller='rded' takes no start"]),
+    (dict(init='noise', distiller='none', weighting='uniform'), ["init='noise'", "distiller='none' takes no start"]),
+    (dict(init='kmeans', distiller='random', weighting='uniform'), ["init='kmeans'", "distiller='random' takes real, weighted, noise"]),
     (dict(conflict=5, ipc=0, profile='fast'), ['conflict=5', 'ipc=0', "unknown profile 'fast'"]),   # all complaints at once
     (dict(dataset='folder', conflict=.05), ['conflict=0.05', 'folder has no bias labels', 'leave it out']),
     (dict(dataset='folder', weighting='oracle'), ["weighting='oracle'", 'folder has no bias labels', 'uniform, kde']),

@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'SPLITS', 'SHARE', 'HEADINGS', 'GROUPS', 'FIELDS', 'KINDS', 'GRADIENT', 'TRAINED', 'DEFAULTS', 'SINGLE',
            'CHECKS', 'NOTHING', 'one_of', 'augmentation', 'setting', 'Base', 'What', 'Weighing', 'Distilling',
            'Judging', 'Run', 'new_fields', 'shown', 'complaint', 'facts', 'holds', 'few', 'few_lenet', 'outer', 'inner',
-           'defaults', 'wrong_data', 'wrong_weights', 'wrong_start', 'wrong_distilling', 'wrong_judging', 'complete']
+           'defaults', 'wrong_data', 'wrong_weights', 'wrong_distilling', 'wrong_judging', 'complete']
 
 # %% ../../nbs/experiment/02_settings.ipynb #18251b21
 from typing import Annotated
@@ -111,8 +111,7 @@ class Distilling(Weighing):
     lr_img:float|None = setting('learning rate of the synthetic images', gt=0)
     batch_real:int|None = setting('real images of a class and step', ge=2)
     width:int|None = setting('channels of the ConvNets that match', ge=1)
-    init:one_of('init', STARTS)|None = setting(
-        "start from 'real', 'weighted' (needs a weighting that draws), 'kmeans' or 'noise'")
+    init:one_of('init', STARTS)|None = setting("start from 'real', 'weighted' (if the weighting draws), 'kmeans' or 'noise'")
     factor:int|None = setting('smaller images along a side of each synthetic one: 2 makes it hold four; None: 1', ge=1)
     augment:Annotated[str, AfterValidator(augmentation)]|None = setting(
         "operations, such as 'crop_scale_rotate'; 'none'")
@@ -330,6 +329,12 @@ def wrong_weights(
 )->list:       # of str
     "What is wrong with the weighting's settings."
     way, method, bad = WEIGHTINGS[run.weighting], DISTILLERS[run.distiller], []
+    drawing = ' or '.join(k for k,w in WEIGHTINGS.items() if w.draws)
+    if run.init=='weighted' and not way.draws:
+        bad.append(f"init='weighted' needs a weighting that draws, {drawing}, got weighting={run.weighting!r}")
+    if run.init not in (*method.starts, 'weighted' if way.draws else 'real'):
+        takes = ', '.join(method.starts) or 'no start'
+        bad.append(f'init={run.init!r}: distiller={run.distiller!r} takes {takes}; leave it out')
     if run.rare is not None and 'rare' not in way.settings:
         bad.append(f"rare={run.rare}: only weighting='kde_rare' takes it, got weighting={run.weighting!r}")
     readers = ' or '.join(k for k,w in WEIGHTINGS.items() if w.sees_labels)
@@ -343,22 +348,6 @@ def wrong_weights(
     if method.weighs=='draw' and run.weighting!='uniform' and not way.draws:
         bad.append(f'weighting={run.weighting!r}: distiller={run.distiller!r} has no mean to weight; '
                    'expected uniform, or one that draws')
-    return bad
-
-# %% ../../nbs/experiment/02_settings.ipynb #8fb4d993
-def wrong_start(
-    run:Run,   # complete
-    given:Run, # as the user gave it
-)->list:       # of str
-    "What is wrong with where the images start."
-    way, method, bad = WEIGHTINGS[run.weighting], DISTILLERS[run.distiller], []
-    drawing = ' or '.join(k for k,w in WEIGHTINGS.items() if w.draws)
-    if run.init=='weighted' and not way.draws:
-        bad.append(f"init='weighted' needs a weighting that draws, {drawing}, got weighting={run.weighting!r}")
-    if (method.select or method.whole) and run.init!=('weighted' if way.draws else 'real'):
-        bad.append(f'init={run.init!r}: distiller={run.distiller!r} starts from no images; expected None')
-    if run.distiller=='random' and run.init=='kmeans':
-        bad.append("init='kmeans': distiller='random' draws its images; expected distiller='kmeans'")
     return bad
 
 # %% ../../nbs/experiment/02_settings.ipynb #0b9e220e
@@ -409,7 +398,7 @@ def wrong_judging(
         bad.append(f'eval_width={given.eval_width}: network={run.network!r} has a width of its own; leave it out')
     return bad
 
-CHECKS = [wrong_data, wrong_weights, wrong_start, wrong_distilling, wrong_judging]
+CHECKS = [wrong_data, wrong_weights, wrong_distilling, wrong_judging]
 
 # %% ../../nbs/experiment/02_settings.ipynb #307cb6f0
 NOTHING = dict(zip(LABELS, (1,0)), factor=1) # values that change nothing, kept as None, as if they were not given

@@ -24,7 +24,7 @@ from ..debias.dfa import dfa, dfa_view, lff_view
 from ..debias.selecmix import selecmix, selecmix_view
 from ..distill.dm import dm
 from ..distill.dsa import dc, dsa
-from ..distill.images import central_images
+from ..distill.images import STARTS, central_images
 from ..distill.mtt import mtt
 from ..distill.pool import pool
 from ..distill.rded import rded
@@ -188,6 +188,7 @@ class Method:
     weighs:str='mean'      # where weights enter: 'mean' (and draw), 'draw' alone, or 'never'
     augments:str='maybe'   # while matching: 'maybe', 'always' or 'never'
     across:tuple=()        # settings, beyond the weights, in which runs may differ that share a pass over real images
+    starts:tuple=tuple(STARTS) # what its images may start from
     packs:bool=False       # its images can hold smaller ones: it takes `factor`
     whole:bool=False       # its images are the training set, without distillation
 
@@ -222,10 +223,11 @@ DISTILLERS = dict(
     dsa=Method(dsa, 'DSA', settings=LOOPED, augments='always', packs=True),
     mtt=Method(mtt, 'MTT', settings=STUDENT, experts=EXPERTS, packs=True),
     pool=Method(pool, 'pool', settings=('metric','calibration'), experts=EXPERTS, across=('ipc',), packs=True),
-    random=Method(None, 'real images at random', weighs='draw', packs=True),
-    kmeans=Method(None, 'real images by k-means', coreset, weighs='draw', packs=True),
-    rded=Method(None, 'real crops by RDED', rded, settings=('teacher_epochs','lr_net'), weighs='draw', packs=True),
-    none=Method(None, 'the training set', weighs='never', whole=True))
+    random=Method(None, 'real images at random', weighs='draw', starts=('real','weighted','noise'), packs=True),
+    kmeans=Method(None, 'real images by k-means', coreset, weighs='draw', starts=(), packs=True),
+    rded=Method(None, 'real crops by RDED', rded, settings=('teacher_epochs','lr_net'), weighs='draw', starts=(),
+                packs=True),
+    none=Method(None, 'the training set', weighs='never', starts=(), whole=True))
 
 # %% ../../nbs/experiment/01_tables.ipynb #c4b0e4c0
 @dataclass(frozen=True)
