@@ -111,7 +111,7 @@ class Distilling(Weighing):
     lr_img:float|None = setting('learning rate of the synthetic images', gt=0)
     batch_real:int|None = setting('real images of a class and step', ge=2)
     width:int|None = setting('channels of the ConvNets that match', ge=1)
-    init:one_of('init', STARTS)|None = setting("start from 'real', 'weighted' (if the weighting draws), 'kmeans' or 'noise'")
+    init:one_of('init', STARTS)|None = setting("start from 'real', 'weighted' (if weights draw), 'kmeans' or 'noise'")
     factor:int|None = setting('smaller images along a side of each synthetic one: 2 makes it hold four; None: 1', ge=1)
     augment:Annotated[str, AfterValidator(augmentation)]|None = setting(
         "operations, such as 'crop_scale_rotate'; 'none'")
