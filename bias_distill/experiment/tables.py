@@ -251,7 +251,8 @@ def method(
     "What tables and pictures call the method of a run."
     get = dict(run).get
     weights, after = WEIGHTINGS.get(get('weighting')), DEBIASERS[get('debiaser', 'none')].title
-    held = f", factor {get('factor')}" if get('factor') else ''
-    held += ', from k-means'*(get('init')=='kmeans')
-    parts = (DISTILLERS[get('distiller')].title+held, weights.title if weights else get('weighting'))
+    how = {f"factor {get('factor')}": get('factor'), 'from k-means': get('init')=='kmeans',
+           'augmented': get('eval_augment') not in (None,'none')}
+    distilled = ', '.join([DISTILLERS[get('distiller')].title, *(name for name,is_so in how.items() if is_so)])
+    parts = distilled, weights.title if weights else get('weighting')
     return ' + '.join(o for o in parts if o) + (f', then {after}' if after else '')

@@ -124,7 +124,7 @@ def two_sides(
     ax.margins(.25)
 
 # %% ../../nbs/results/04_figures.ipynb #e0b36f9d
-FREE = {('dm','kde'): '--', ('dm','gap_draw'): ':'} # reads no labels -> its line
+FREE = {('dm','kde'): '--', ('dm','gap_draw'): ':', ('dm','group_draw'): '-.'} # reads no labels -> its line
 
 def _labels_lines(ax, rows, x, there, colour, name):
     "One set's curve, and the lines of what needs no labels."

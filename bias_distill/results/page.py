@@ -27,10 +27,10 @@ from ..experiment.watch import read_row
 from . import figures
 from .claims import RULES, against_fairdd, standing
 from bias_distill.results.rows import (
-    FAIRNESS, MEASURES, average, by_measure, cell, cross, earlier, flat, frame, mean_of, pivot, published, spread_of,
-    to_markdown)
+    FAIRNESS, MEASURES, average, by_measure, cell, cross, earlier, flat, frame, mark, mean_of, pivot, published,
+    spread_of, to_markdown)
 from .sweep import (
-    FACE_METHODS, FAIR_METHODS, FROM_KMEANS, NEEDS, SCALES, STRONGER, STRONG_SETS, TABLE_METHODS, at_hand, cells,
+    FACE_METHODS, FAIR_METHODS, GEOMETRIC, NEEDS, SCALES, STRONGER, STRONG_SETS, TABLE_METHODS, VARIED, at_hand, cells,
     estimates, hash_of, judged_by, pairs, planned, run_of, setting, shown, ways_of)
 from .tables import by_dataset, by_ipc, by_method, fair_cell, fair_table, grid_table
 
@@ -259,7 +259,7 @@ def fair_tables(
 )->Markdown:   # the last
     "Add a table for each number of images per class: accuracy, DEO_M and DEO_A, beside what was published."
     sets = wanted(page, page.scale['fair_sets'])
-    methods = pairs(FAIR_METHODS) + [o | dict(init='kmeans') for o in pairs(FROM_KMEANS)]
+    methods = pairs(FAIR_METHODS) + [o | more for more,some in VARIED for o in pairs(some)]
     parts = {f'IPC {i}': fair_table(page.rows, sets, i, methods) for i in page.scale['fair_ipcs']*bool(sets)}
     corner = 'accuracy in %, below it DEO_M / DEO_A'
     return [page.table(o, corner, title=title) for title,o in parts.items()][-1] if parts else page.text('')
@@ -353,7 +353,9 @@ def distiller_table(
     "Add a line for each distiller and weighting, and the whole set; a column a set."
     lines = {(title, WEIGHTINGS[w].title or 'no weights'): o | dict(weighting=w, ipc=page.scale['ipc'])
              for title,o in STRONGER.items() for w in ways_of(o['distiller'])}
-    lines |= {('the whole training set','no weights'): dict(distiller='none', weighting='uniform')}
+    whole = dict(distiller='none', weighting='uniform')
+    lines |= {('the whole training set','no weights'): whole,
+              ('the whole training set, augmented','no weights'): whole | dict(eval_augment=GEOMETRIC)}
     def column(name): return [cell(page.find(dataset=name, conflict=.05, **o)) for o in lines.values()]
     table = DataFrame({f'`{d}`': column(d) for d in wanted(page, STRONG_SETS)}, MultiIndex.from_tuples(lines))
     return page.table(table, 'distiller', 'weights')
@@ -367,13 +369,15 @@ def beside_whole(
 
 def _beside_whole(page, rule):
     def line(name):
-        every = page.find(dataset=name, conflict=.05, distiller='none', weighting='uniform')
+        at = dict(dataset=name, conflict=.05)
+        def every(**o): return page.find(**at, distiller='none', weighting='uniform', **o)
         def against(o):
-            ours = page.find(dataset=name, conflict=.05, ipc=page.scale['ipc'], weighting=rule, **o)
-            a, b = mean_of(ours), mean_of(every)
+            ours = page.find(**at, ipc=page.scale['ipc'], weighting=rule, **o)
+            whole = every(eval_augment=o.get('eval_augment')) # learned from in the same way
+            a, b = mean_of(ours), mean_of(whole)
             if None in (a, b): return '–'
-            return f'{a-b:+.1f}, {standing(a, b, max(spread_of(ours), spread_of(every)))}'
-        return [cell(every), *map(against, STRONGER.values())]
+            return f'{a-b:+.1f}{mark(ours, whole)}, {standing(a, b, max(spread_of(ours), spread_of(whole)))}'
+        return [cell(every()), *map(against, STRONGER.values())]
     table = DataFrame({f'`{d}`': line(d) for d in wanted(page, STRONG_SETS)}, ['the whole set', *STRONGER]).T
     return page.table(table, f"{WEIGHTINGS[rule].title.removesuffix(' (ours)')}: points above the whole set")
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MEASURES', 'FAIRNESS', 'USUAL', 'EARLIER', 'VARY', 'PAPER', 'COBRA', 'FAIRDD', 'APPENDIX', 'LC', 'AGAIN', 'TESTED',
            'BY_FAIRDD', 'BY_COBRA', 'PUBLISHED', 'frame', 'read_rows', 'where', 'earlier', 'is_plain', 'plain',
-           'one_a_seed', 'measured', 'cell', 'mean_of', 'average', 'spread_of', 'flat', 'grid', 'cross', 'arranged',
-           'pivot', 'averages', 'by_measure', 'markdown', 'to_markdown', 'result', 'on_whole_sets', 'by_fairdd',
-           'by_cobra', 'all_published', 'published', 'with_published']
+           'one_a_seed', 'measured', 'mark', 'cell', 'mean_of', 'average', 'spread_of', 'flat', 'grid', 'cross',
+           'arranged', 'pivot', 'averages', 'by_measure', 'markdown', 'to_markdown', 'result', 'on_whole_sets',
+           'by_fairdd', 'by_cobra', 'all_published', 'published', 'with_published']
 
 # %% ../../nbs/results/01_rows.ipynb #9b2df6a2
 import itertools, statistics
@@ -23,7 +23,8 @@ MEASURES = dict( # what is measured -> (its title in tables, digits)
     accuracy=('accuracy, %', 1), aligned=('aligned', 1), conflicting=('conflicting', 1), worst_group=('worst group', 1),
     auroc=('AUROC', 3), weight_on_conflicting=('weight on conflicting', 2), effective_share=('effective share', 2))
 FAIRNESS = dict(deo_m=('DEO_M', 1), deo_a=('DEO_A', 1)) # of the groups of a class, see `unfairness`; lower is fairer
-USUAL = dict(network=None, debiaser='none', factor=None) # plain training, judged by the usual ConvNet; whole images
+# plain training, judged by the usual ConvNet on the images as they are; whole images
+USUAL = dict(network=None, debiaser='none', eval_augment=None, factor=None)
 
 def frame(
     rows, # list of dicts, as `read_row` gives them; a frame is returned as it is
@@ -121,6 +122,12 @@ def measured(
     return rows[what].dropna()
 
 # %% ../../nbs/results/01_rows.ipynb #8ab18010
+def mark(
+    *cells, # each the rows of one setting: frame, or list of dicts
+)->str:     # '°', or nothing
+    "The sign of numbers that an earlier profile has a part in."
+    return '°'*any(frame(rows).get('earlier', Series(dtype=bool)).any() for rows in cells)
+
 def cell(
     rows,                # rows of one setting, one a seed: frame, or list of dicts
     what:str='accuracy', # which measure
@@ -133,9 +140,9 @@ def cell(
     means = values.map(statistics.mean)
     over, unit = (means, 'seeds') if len(means) > 1 else (Series(values.iloc[0]), 'networks')
     spread = f' ± {over.std():.{digits}f}' if len(over) > 1 else ''
-    mark = '°'*bool(frame(rows).get('earlier', Series(dtype=bool)).any())
-    return f'{statistics.mean(means):.{digits}f}{spread} ({len(over)} {unit}){mark}'
+    return f'{statistics.mean(means):.{digits}f}{spread} ({len(over)} {unit}){mark(rows)}'
 
+# %% ../../nbs/results/01_rows.ipynb #a237ce94
 def mean_of(
     rows,                # rows of one setting, one a seed: frame, or list of dicts
     what:str='accuracy', # which measure
@@ -368,10 +375,10 @@ PUBLISHED = [
 def all_published(
     row,         # dict of settings, such as a row; or a line of a frame
 )->list:         # of dicts, with `accuracy`, `source` and `note`
-    "The published results for a row's setting. None knew too few labels, packed images, or started from k-means."
+    "The published results for a row's setting. None lacked labels, packed images, began at k-means, or augments so."
     keys = ('dataset','conflict','ipc','distiller','weighting','debiaser')
     network = None if row.get('network')=='convnet' else row.get('network')
-    if any(row.get(k) is not None for k in (*LABELS,'factor')) or row.get('init')=='kmeans': return []
+    if any(row.get(k) is not None for k in (*LABELS,'factor','eval_augment')) or row.get('init')=='kmeans': return []
     return [p for p in PUBLISHED if p['network']==network and all(p[k]==row[k] for k in keys)]
 
 def published(

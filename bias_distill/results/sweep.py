@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'SMOKE', 'HALF', 'SCALES', 'SETS', 'UNBIASED', 'PLAINLY', 'TABLE_METHODS', 'FACE_METHODS', 'FAIR_METHODS',
-           'FROM_KMEANS', 'AMPLIFIERS', 'PICTURED', 'FIRST', 'COMPARED', 'ARCHITECTURES', 'WHOLE', 'STRONGER',
+           'GEOMETRIC', 'VARIED', 'AMPLIFIERS', 'PICTURED', 'FIRST', 'COMPARED', 'ARCHITECTURES', 'WHOLE', 'STRONGER',
            'STRONG_SETS', 'STRONG_WAYS', 'NEEDS', 'ASKED_FOR', 'EVERYBODY', 'HEADLINE', 'LIKE', 'setting', 'cell_name',
            'run_of', 'planned', 'pairs', 'on_whole', 'of_dataset', 'for_amplification', 'for_faces', 'for_debiasing',
            'for_images', 'for_sensitivity', 'for_fairness', 'for_labels', 'judged_by', 'for_judges', 'ways_of',
@@ -91,10 +91,13 @@ UNBIASED = .9   # of ten bias values, nine in ten differ from the class's own: t
 # pairs of a distiller and a weighting
 PLAINLY = (('random','uniform'), ('dm','uniform'), ('dm','kde'))
 TABLE_METHODS = (*PLAINLY, ('dsa','uniform'), ('dsa','kde'), ('dm','oracle'))
-FACE_METHODS = (*PLAINLY, ('dm','kde_rare'), ('dm','gap_draw'), ('dm','oracle'))
+FACE_METHODS = (*PLAINLY, ('dm','kde_rare'), ('dm','gap_draw'), ('dm','group_draw'), ('dm','oracle'))
 FAIR_METHODS = (('random','uniform'), ('kmeans','uniform'), ('kmeans','gap_draw'), ('dm','uniform'), ('dm','kde'),
                 ('dm','gap_draw'), ('dm','group_draw'), ('dm','fairdd'), ('dm','oracle_draw'))
-FROM_KMEANS = (('dm','gap_draw'), ('dm','group_draw'), ('dm','fairdd')) # these of them also from that start
+GEOMETRIC = 'crop_scale_rotate' # augmentation that touches no colour, and mirrors no digit
+VARIED = ( # settings, and which of these methods have lines with them as well
+    (dict(init='kmeans'), (('dm','gap_draw'), ('dm','group_draw'), ('dm','fairdd'))),
+    (dict(eval_augment=GEOMETRIC), (('dm','group_draw'), ('dm','fairdd'))))
 AMPLIFIERS = (('random','uniform'), ('dm','uniform'), ('dsa','uniform'), ('mtt','uniform'))
 PICTURED = (('dm','uniform'), ('dm','kde'), ('dsa','uniform'), ('dsa','kde'))
 FIRST = ('uniform','kde','kde_selecmix','dfa','lff','gap_draw','oracle') # by what a debiaser sees, beside others
@@ -176,8 +179,9 @@ def for_fairness(
     at = dict(dataset=s['fair_sets']) | s['fair']
     chosen, matched = ([m for m in FAIR_METHODS if (m[0]=='dm')==dm] for dm in (False, True))
     each = [pairs(matched, ipc=i, **at, **s['fair_steps'].get(i, {})) for i in s['fair_ipcs']]
-    each += [[o | dict(init='kmeans') for o in some if (o['distiller'],o['weighting']) in FROM_KMEANS] for some in each]
-    return pairs(chosen, ipc=s['fair_ipcs'], **at) + sum(each, []) + on_whole(**at)
+    each = sum(each, [])
+    also = [o | more for more,some in VARIED for o in each if (o['distiller'],o['weighting']) in some]
+    return pairs(chosen, ipc=s['fair_ipcs'], **at) + each + also + on_whole(**at)
 
 def for_labels(
     s:dict, # of `SCALES`
@@ -185,7 +189,8 @@ def for_labels(
     "FairDD with few labels and with wrong ones, beside what reads none."
     at = dict(dataset=s['labels_sets'], ipc=s['ipc'], distiller='dm') | s['fair'] | s['fair_steps'].get(s['ipc'], {})
     told = dict(labels_known=s['known']), dict(labels_wrong=s['wrong'])
-    return grid(**at, weighting=('kde','gap_draw')) + sum([grid(**at, weighting='fairdd', **o) for o in told], [])
+    blind = grid(**at, weighting=('kde','gap_draw','group_draw'))
+    return blind + sum([grid(**at, weighting='fairdd', **o) for o in told], [])
 
 # %% ../../nbs/results/05_sweep.ipynb #d65294df
 def judged_by(
@@ -209,6 +214,8 @@ STRONGER = { # title -> a distiller and its settings
     'DM': dict(distiller='dm'),
     'DM, from k-means': dict(distiller='dm', init='kmeans'),
     'DM, four images in one': dict(distiller='dm', factor=2),
+    'DM, augmented': dict(distiller='dm', eval_augment=GEOMETRIC),
+    'DM, four in one, augmented': dict(distiller='dm', factor=2, eval_augment=GEOMETRIC),
     'matching in a pool': dict(distiller='pool'),
     'a pool, whole distributions': dict(distiller='pool', metric='ecf'),
     'RDED, four crops in one': dict(distiller='rded', factor=2)}
@@ -227,8 +234,9 @@ def for_distillers(
 )->list:    # of settings
     "The stronger distillers by weighting, and the whole sets that they are to beat."
     at, some = dict(dataset=STRONG_SETS, conflict=.05), s['strong'] or STRONGER
-    return on_whole(**at) + sum([grid(**at, ipc=s['ipc'], weighting=ways_of(o['distiller']), **o)
-                                 for title,o in STRONGER.items() if title in some], [])
+    each = [o for title,o in STRONGER.items() if title in some]
+    whole = on_whole(**at, eval_augment=tuple(dict.fromkeys(o.get('eval_augment') for o in each)))
+    return whole + sum([grid(**at, ipc=s['ipc'], weighting=ways_of(o['distiller']), **o) for o in each], [])
 
 # %% ../../nbs/results/05_sweep.ipynb #be00df75
 def for_nothing(

@@ -212,7 +212,7 @@ def fair_table(
     rows,        # frame, or list of dicts
     datasets,    # names
     ipc:int,     # images per class
-    methods,     # dicts with `distiller` and `weighting`; with `init`, if they start from k-means
+    methods,     # dicts with `distiller` and `weighting`; with `init` or `eval_augment`, if these are asked for
 )->DataFrame:    # of str
     "Accuracy and DEO, a line a method and a column a set; beneath each what was published, and last the whole set."
     theirs = [p for p in PUBLISHED if p['dataset'] in datasets and p['ipc']==ipc and p['distiller']=='dm']
@@ -221,7 +221,7 @@ def fair_table(
     for at in [o for i,o in enumerate(every) if o not in every[:i]]:
         shown = 0 if at['distiller']=='none' else ipc
         found = where(rows, **at, ipc=shown, labels_known=None, labels_wrong=None)
-        def of(dataset): return fair_cell(where(found, dataset=dataset, init=...))
+        def of(dataset): return fair_cell(found[found.dataset==dataset])
         if at['weighting'] in WEIGHTINGS: lines.append([method(at), *map(of, datasets)])
         lines += paper_lines(datasets, shown, at)
     return DataFrame(lines, columns=['', *(f'`{o}`' for o in datasets)]).set_index('')
