@@ -1,5 +1,5 @@
 "The main job, as users start it; and what it promises: killed and resumed, twice at once, or again, the result is the same."
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 import numpy as np, pytest, torch
 from conftest import LIMIT
@@ -275,3 +275,12 @@ def test_benchmark_runs(name, given, ways, tmp_path):
     execute(f'paper_figures/{name}.ipynb', **given, out_dir=tmp_path)
     row = json.loads((tmp_path/f'{name}.json').read_text())
     assert row['ratio'] > 0 and row.get('cosine', 1) > .95 and set(row['seconds']) == ways
+
+def test_the_commit_of_a_repository_around_the_package_is_not_ours(tmp_path):
+    "Installed in an environment inside somebody's project, the package names no commit."
+    shutil.copytree(ROOT/"bias_distill", tmp_path/'lib/bias_distill', ignore=shutil.ignore_patterns('__pycache__'))
+    git = ['git','-c','user.name=a','-c','user.email=a@b','-C',str(tmp_path)]
+    for words in (['init','-q'], ['commit','-q','--allow-empty','-m','theirs']): subprocess.run(git+words, check=True)
+    code = 'from bias_distill.experiment.watch import provenance; print(provenance()["commit"])'
+    p = subprocess.run([sys.executable,'-c',code], cwd=tmp_path/'lib', env=environment() | dict(PYTHONPATH=str(tmp_path/'lib')), capture_output=True, text=True, timeout=LIMIT)
+    assert p.stdout.split() == ['None'], (p.stdout, p.stderr)

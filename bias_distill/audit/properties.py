@@ -100,7 +100,7 @@ class Tells:
 
 # %% ../../nbs/audit/02_properties.ipynb #aa32761b
 def _numbers(part):
-    "Columns as numbers: words by how common they are, nothing as nan."
+    "Columns as numbers: words by the alphabet, nothing as nan."
     def one(c):
         if pd.api.types.is_numeric_dtype(c): return c.astype(float)
         return c.map({k: i for i,k in enumerate(c.value_counts().sort_index().index)}).astype(float)

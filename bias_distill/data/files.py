@@ -125,13 +125,13 @@ def megapixels()->float: # above 0
 
 class _Refused(ValueError): "What was read is a picture, and is not taken; the message says all."
 
-def _check_picture(im, where, most):
+def _check_picture(im, most):
     size = im.width*im.height/1e6
     if size > most: raise _Refused(
-        f"{where}: {im.width:,} x {im.height:,} pixels are {size:,.0f} megapixels, the limit is {most:g}: "
+        f"{im.width:,} x {im.height:,} pixels are {size:,.0f} megapixels, the limit is {most:g}: "
         f"raise it by BIAS_DISTILL_MEGAPIXELS={math.ceil(size)}, or shrink the picture")
     if im.mode == 'F': raise _Refused(
-        f"{where}: its pixels are floating-point numbers of unknown range: save it with 8 or 16 bits a channel")
+        f"its pixels are floating-point numbers of unknown range: save it with 8 or 16 bits a channel")
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, MemoryError, LookupError, ArithmeticError, TypeError,
            struct.error)
@@ -150,9 +150,9 @@ def picture(
             warnings.simplefilter('ignore') # of a broken note, which costs nothing
             opened = Image.open(io.BytesIO(raw))
         with opened as im:
-            _check_picture(im, where, most)
+            _check_picture(im, most)
             yield im
-    except _Refused as e: raise ValueError(str(e)) from None
+    except _Refused as e: raise ValueError(f'{where}: {e}') from None
     except _BROKEN as e:
         raise ValueError(f"{where}: expected an image, found {len(raw):,} bytes that are none, or a damaged one") from e
     finally: Image.MAX_IMAGE_PIXELS = before
@@ -171,9 +171,11 @@ def _upright(im):
 
 def _eight_bits(im, depth):
     "A grey picture of 16 bits, of which `depth` are in use, with 8."
-    most = 2**depth - 1
-    return Image.fromarray((np.arange(65536).clip(max=most)/(most/255)).round().astype(np.uint8)[
-        np.asarray(im).clip(0, 65535)])
+    most, pixels = 2**depth - 1, np.asarray(im)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise _Refused(f"its grey values go from {pixels.min():,} to {pixels.max():,}, beyond 16 bits: "
+                       "save it with 8 or 16 bits a channel")
+    return Image.fromarray((np.arange(65536).clip(max=most)/(most/255)).round().astype(np.uint8)[pixels])
 
 def rgb(
     im,           # Pillow's image

@@ -8,7 +8,7 @@ __all__ = ['SEEN', 'MADE', 'TRAINED', 'EXPERT', 'RESULT', 'STAGES', 'WEIGHED', '
            'save_picture', 'check_apart', 'writable', 'Store']
 
 # %% ../../nbs/experiment/05_store.ipynb #496f4244
-import hashlib, json
+import hashlib, json, os
 from pathlib import Path
 from fastcore.basics import patch
 from ..data.files import resolve
@@ -145,7 +145,7 @@ def check_apart(
 ):
     "Refuse results among a user's own images. A ValueError."
     if not (DATASETS[dataset].own and data_dir): return
-    images, out = (Path(resolve(o)).resolve() for o in (data_dir, Path(out_dir).expanduser()))
+    images, out = Path(resolve(data_dir)).resolve(), Path(os.path.expanduser(out_dir)).resolve()
     if not images.is_dir() or images not in (out, *out.parents): return
     raise ValueError(f'out_dir={str(out_dir)!r} lies in data_dir={str(data_dir)!r}: results among your images '
                      f'would be read as images. Name a folder beside it, such as {str(images.parent/"runs")!r}')

@@ -144,11 +144,17 @@ def _version(name):
     try: return version(name)
     except PackageNotFoundError: return None
 
+# %% ../../nbs/experiment/04_watch.ipynb #4b5b6a65
+def _commit():
+    "This package's; '' where what is around it is somebody else's repository, in which it was installed."
+    if not git('ls-files','bias_distill/__init__.py'): return ''
+    return git('rev-parse','HEAD')+'+changes'*bool(git('status','--porcelain','-uno','bias_distill'))
+
 def provenance(
     device:str='cpu', # device type
 )->dict: # commit, versions, threads, compiled
     "With what a row was made."
-    try: commit = git('rev-parse','HEAD')+'+changes'*bool(git('status','--porcelain','-uno','bias_distill'))
+    try: commit = _commit()
     except OSError: commit = ''
     versions = dict(python=platform.python_version()) | {n: _version(n) for n in PACKAGES}
     return dict(commit=commit or None, versions=versions, threads=torch.get_num_threads(), compiled=can_compile(device))

@@ -99,13 +99,16 @@ def small_copy(
 def missing(
     name:str,     # of the page
     runs:list,    # its cells
-    rows,         # frame with its rows
+    rows,         # frame with the rows that it shows
+    there=(),     # names of all rows that there are; default: those
 )->str:           # Markdown
     "Which cells have no row, the commands that make them, and about how long they take."
     if not runs: return ''
-    have = {hash_of(o) for o in rows.index}
+    have = {hash_of(o) for o in (*rows.index, *there)}
     todo = [r for r in runs if setting(r) not in have]
-    if not todo: return f'All {len(runs)} cells have a row.'
+    few = len({setting(r) for r in runs} & have - {hash_of(o) for o in rows.index})
+    wait = f', {few} of them fewer than those of the profile as it was'*bool(few)
+    if not todo: return f'All {len(runs)} cells have a row{wait}.'
     before = sum(setting(earlier(r)) in have for r in todo)
     marked = f'; {before} others show one of the profile as it was before, marked °'*bool(before)
     each = DataFrame(dict(profile=[r.profile for r in todo], took=Series(estimates(todo, rows), dtype=float)))
@@ -113,7 +116,7 @@ def missing(
     hours, unknown = (known['mean']*known['size']).sum()/3600, sorted({*each.profile}-{*known.index})
     apart = f" (those of profile {', '.join(unknown)} apart)"*bool(unknown)
     about = f'; about {hours:.1f} hours on the machine that made the others{apart}' if len(known) else ''
-    return (f'{len(runs)-len(todo)} of {len(runs)} cells have a row{marked}{about}. '
+    return (f'{len(runs)-len(todo)} of {len(runs)} cells have a row{wait}{marked}{about}. '
             f'Each of these makes one that is missing; `snakemake {name}` makes them all:\n\n'
             f'<details><summary>{len(todo)} commands</summary>\n\n```sh\n'
             + '\n'.join(command(r) for r in todo) + '\n```\n\n</details>')
@@ -195,7 +198,9 @@ def close(self:Page,
     text:str='', # Markdown, to stand before what is missing
 )->Markdown:     # what is missing, without the commands
     "Write `<name>.md`, and `<name>.csv` where there are cells."
-    parts = *self.parts, text, made_on(self.rows), missing(self.name, self.runs, self.rows)
+    parts = *self.parts, text, made_on(self.rows)
+    there = [p.stem for p in (self.out/'rows').glob('*.json')]
+    parts = *parts, missing(self.name, self.runs, self.rows, there)
     self.parts = [p for p in parts if p]
     write_atomic(self.out/f'{self.name}.md', ('\n\n'.join(self.parts)+'\n').encode())
     if self.runs: write_atomic(self.out/f'{self.name}.csv', tidy(self.rows).encode())

@@ -207,13 +207,12 @@ def arranged(
     if not (lines and columns):
         raise ValueError(f'{len(lines)} lines, {len(columns)} columns: expected one or more of each')
     down, across = (list(next(iter(side.values()))) for side in (lines, columns))
-    axes = [DataFrame(side.values()).set_index(keys).index for side,keys in ((lines, down), (columns, across))]
-    table = DataFrame(empty, *axes, dtype=object)
+    def place(o): return tuple(o[k] for k in down+across)
     found = where(rows, **at, **dict.fromkeys(down+across, ...))
-    if len(found):
-        groups = found.groupby(down+across)
-        table.update(Series({key: of(group) for key,group in groups}).rename_axis(down+across).unstack(across))
-    return table.set_axis(Index(list(lines))).set_axis(list(columns), axis=1)
+    places = Series([place(o) for o in found.to_dict('records')], found.index, dtype=object)
+    made = {p: of(found.loc[i]) for p,i in places.groupby(places).groups.items()}
+    cells = [[made.get(place(line|column), empty) for column in columns.values()] for line in lines.values()]
+    return DataFrame(cells, Index(list(lines)), list(columns), dtype=object)
 
 # %% ../../nbs/results/01_rows.ipynb #818176e8
 def pivot(
@@ -247,10 +246,7 @@ def by_measure(
     **at,         # settings that all lines share
 )->DataFrame:     # of str
     "A `cell` for every line and measure."
-    down = list(next(iter(lines.values())))
-    found = where(rows, **at, **dict.fromkeys(down, ...))
-    groups = dict(iter(found.groupby(down)))
-    rows_of = [groups.get(tuple(line.values()), found[:0]) for line in lines.values()]
+    rows_of = [where(rows, **(at | line)) for line in lines.values()]
     def column(what, digits): return [cell(o, what, digits) for o in rows_of]
     return DataFrame({title: column(k, digits) for k,(title,digits) in measures.items()}, Index(list(lines)))
 
