@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from ..data.names import seeded
 from ..networks.testing import copied_state
-from .guess import SHARE, drawn_alike, guessed_groups
+from .guess import SHARE, TRUSTED, agreement, drawn_alike, guessed_groups
 from .kde import class_density
 from .supcon import encode, train_encoder
 from .weighting import Weighting, fixed, kde
@@ -150,11 +150,13 @@ def group_draw(
     z:tuple,   # (n, d) embeddings of `chosen_view`; (n, classes) log probabilities of `guess_view`
     y:Tensor,  # (n,) integer labels
 )->Weighting:
-    "Every group of label and guess is drawn alike; before the guess, the gap says how likely an image is rare."
+    "Every group of label and guess is drawn alike, after the gap said who may be rare; `gap_draw` if the guess fails."
     embedding, logp = z
-    _, score, about = gap_weights(embedding, y)
+    by_gap, score, about = gap_weights(embedding, y)
+    agrees = agreement(logp, y)
     beyond = torch.zeros_like(score)
     for c in y.unique(): beyond[y==c] = (score[y==c] > otsu(score[y==c])[0]).float()
     prior = about['sure']*beyond + (1-about['sure'])*SHARE
     w = drawn_alike('group_draw', guessed_groups(logp, y, prior=prior), y)
-    return replace(w, about=about | dict(beyond=about['rare']) | w.about)
+    w = replace(w, about=about | dict(beyond=about['rare']) | w.about | dict(agrees=agrees))
+    return w if agrees >= TRUSTED else replace(w, p=by_gap, score=score)
