@@ -149,7 +149,7 @@ def labels_figure(
     told = {k: shown[k].astype(float).fillna(full) for k,full in (('labels_known',1.), ('labels_wrong',0.))}
     shown = shown.assign(**{k: 100*o for k,o in told.items()})
     colours = dict(zip(datasets, sns.color_palette('deep')))
-    fig,axs = panels(['fewer labels, none wrong', 'all labels, some wrong'], 3.2, 3, sharey=True)
+    fig,axs = panels(['fewer labels', 'wrong labels'], 3.2, 3, sharey=True)
     sides = ('labels_known','labels_wrong',0.), ('labels_wrong','labels_known',100.)
     for ax,(x,other,at) in zip(axs, sides):
         for name,colour in colours.items():
