@@ -112,7 +112,7 @@ def to_collect(
     return pd.DataFrame({o: row(o) for o in likely}, index=['there','missing','such_as']).T
 
 # %% ../../nbs/audit/07_advice.ipynb #4e21113e
-PRICE = ("On photos without a known shortcut (MiniPlaces, distribution matching) weights cost 6.1 points: "
+PRICE = ("On photos without a known shortcut (MiniPlaces, distribution matching, one seed) weights cost 6.1 points: "
          "41.3 without, 35.2 with.")
 
 DONE = {'blank': 'not lifted', 'copy': 'keep one of each', 'unlike': 'not lifted',
