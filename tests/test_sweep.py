@@ -84,9 +84,11 @@ def asked(text):
 
 def test_dry_runs(copy):
     "What is missing is announced, with an estimate; the names of rules are the names of notebooks; SLURM's profile is valid."
+    some = {r.conflict: r for r in cells('table_bg_fmnist', headline=())}               # a row of each ratio is taken away, and all of the paper's page:
+    for r in [*some.values(), *cells('table_paper')]: (copy/f'rows/{cell_name(r)}.json').unlink(missing_ok=True)    # whichever were made, some are missing
     have = {p.stem for p in (copy/'rows').glob('*.json')}; want = {cell_name(r) for r in cells('table_bg_fmnist')}
     text = snakemake('-n','-p','table_bg_fmnist', cwd=copy)
-    assert set(jobs(text)) == {f'rows_{job}' for job in ('bg_fmnist_1pct_seed0','bg_fmnist_2pct_seed0','bg_fmnist_5pct_seed0')} | {'page_table_bg_fmnist','table_bg_fmnist'}
+    assert set(jobs(text)) >= {f'rows_{job}' for job in ('bg_fmnist_1pct_seed0','bg_fmnist_2pct_seed0','bg_fmnist_5pct_seed0')} | {'page_table_bg_fmnist','table_bg_fmnist'}
     assert sorted(sum(asked(text), [])) == sorted(want-have) and 'rows are there' in text and 'hours' in text
     assert jobs(snakemake('-n','--config','at_hand=1','--','table_bg_fmnist', cwd=copy)) == {'page_table_bg_fmnist': 1, 'table_bg_fmnist': 1}
     more = asked(snakemake('-n','-p','--config','seeds=0,7','--','table_bg_fmnist', cwd=copy)); assert len(sum(more, [])) == len(want-have)+len(want)
