@@ -25,7 +25,7 @@ from ..experiment.store import command
 from ..experiment.tables import DATASETS, WEIGHTINGS
 from ..experiment.watch import read_row
 from . import figures
-from .claims import RULES, against_fairdd, standing
+from .claims import BESIDE, RULES, against_fairdd, standing
 from bias_distill.results.rows import (
     FAIRNESS, MEASURES, average, by_measure, cell, cross, earlier, flat, frame, mark, mean_of, pivot, published,
     spread_of, to_markdown)
@@ -269,15 +269,25 @@ def fair_tables(
     corner = 'accuracy in %, below it DEO_M / DEO_A'
     return [page.table(o, corner, title=title) for title,o in parts.items()][-1] if parts else page.text('')
 
+# %% ../../nbs/results/06_page.ipynb #8e385c32
+def _beside_fairdd(tables):
+    "Tables of `against_fairdd`, rule -> table, as one: FairDD twice, then each rule and where it stands against both."
+    parts = [next(iter(tables.values()))[[BESIDE[0],BESIDE[2]]]]
+    for rule,o in tables.items():
+        against = o[BESIDE[1]].where(o[BESIDE[3]]=='–', o[BESIDE[1]]+' / '+o[BESIDE[3]])
+        parts += [o.iloc[:,0].replace('no rows yet', '–'), against.rename(f'`{rule}` against published / our run')]
+    return concat(parts, axis=1)
+
 def fair_verdicts(
     page:Page, # that gets them
 )->Markdown:   # the last
     "Add where our rules stand against FairDD, published and run here: by accuracy, and by DEO_M."
-    sets = wanted(page, page.scale['fair_sets'])
-    shown = dict(accuracy='By accuracy, %', deo_m='By DEO_M, lower is better')
-    at = sets, page.scale['fair_ipcs']
-    parts = [(title, against_fairdd(page.rows, *at, what, o)) for what,title in shown.items() for o in RULES if sets]
-    return [page.table(o, title=title) for title,o in parts][-1] if parts else page.text('')
+    sets, ipcs = wanted(page, page.scale['fair_sets']), page.scale['fair_ipcs']
+    for what,title in dict(accuracy='By accuracy, %', deo_m='By DEO_M, lower is better').items():
+        tables = {o: against_fairdd(page.rows, sets, ipcs, what, o) for o in RULES*bool(sets)}
+        run = concat([o.iloc[:,0]!='no rows yet' for o in tables.values()], axis=1).any(axis=1) if sets else Series()
+        if run.any(): page.table(_beside_fairdd(tables)[run], title=title)
+    return page.text(f"Neither rule has been run yet on {', on '.join(run.index[~run])}." if not run.all() else '')
 
 # %% ../../nbs/results/06_page.ipynb #d208f9a5
 def labels_table(
