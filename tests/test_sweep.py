@@ -1,5 +1,5 @@
 "The workflow in paper_figures/: pages from rows alone; a row once, and again only where it is gone; a kill changes nothing."
-import json, os, shlex, shutil, signal, subprocess, sys, time
+import json, multiprocessing, os, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from conftest import LIMIT
@@ -65,11 +65,30 @@ def copy(tmp_path):
     left = lambda folder, names: [n for n in names if n.endswith('.png') or Path(folder)==ROOT/'paper_figures' and n in ('runs','smoke','.snakemake','executed')]
     shutil.copytree(ROOT/'paper_figures', tmp_path/'paper_figures', ignore=left); return tmp_path/'paper_figures'
 
+FORKED = multiprocessing.get_context('forkserver')                                         # loads once what every call would load for seconds
+FORKED.set_forkserver_preload(['snakemake.cli','bias_distill.results.jobs','bias_distill.results.sweep'])
+
+def as_a_process(args, cwd, env, said):
+    "What `python -m snakemake` does, in a process that has its modules already."
+    os.environ.clear(); os.environ.update(env); os.chdir(cwd); sys.argv = ['snakemake',*args]
+    for stream in (1, 2): os.dup2(os.open(said, os.O_WRONLY|os.O_CREAT|os.O_APPEND), stream)
+    from snakemake.cli import main
+    main([*args])
+
+def dry_run(args, cwd, env):
+    "Exit code of a call that makes nothing, and what it said."
+    said = cwd.parent/'said.txt'; said.unlink(missing_ok=True)
+    p = FORKED.Process(target=as_a_process, args=(args, cwd, env, said)); p.start(); p.join(LIMIT)
+    return p.exitcode, said.read_text()
+
 def snakemake(*args, cwd, ok=True, **more):
     env = environment() | dict(XDG_CACHE_HOME=str(cwd.parent/'cache')) | more
-    p = subprocess.run([sys.executable,'-m','snakemake',*args], cwd=cwd, env=env, capture_output=True, text=True, timeout=LIMIT)
-    assert ok == (p.returncode == 0), (p.stdout+p.stderr)[-3000:]
-    return p.stdout+p.stderr
+    if '-n' in args: code, said = dry_run(args, cwd, env)
+    else:
+        p = subprocess.run([sys.executable,'-m','snakemake',*args], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT)
+        code, said = p.returncode, p.stdout
+    assert ok == (code == 0), said[-3000:]
+    return said
 
 def jobs(text):
     "How many jobs of each rule a dry run announces."
