@@ -113,6 +113,7 @@ def _load(self:Experiment, data_dir):
     self.data = load(r.dataset, r.conflict, r.seed, data_dir, r.split, **own)
     self.classes = len(self.data.classes)
     self.train, self.test = self.data.train.to(device), self.data.test.to(device)
+    self.units = channel_stats(self.train.x)
     trains, judges = (s.y.bincount(minlength=self.classes).tolist() for s in (self.data.train, self.data.test))
     k = trains.index(min(trains))
     side = self.train.x.shape[-1]
@@ -338,7 +339,7 @@ def inputs(self:Experiment,
     run=None, # whose images; None: that was asked for
 )->dict:      # size (pixels a side), mean, std (each 3 numbers, in image range), labels (names); factor, opening (code)
     "How a network must see the images to repeat what the judge measured: opened, less `mean`, divided by `std`."
-    (mean, std), f = channel_stats(self.train.x), (run or self.run).factor
+    (mean, std), f = self.units, (run or self.run).factor
     same = dict(size=self.train.x.shape[-1], mean=mean.tolist(), std=std.tolist(), labels=list(self.data.classes))
     return same | dict(factor=f, opening=opening(f)) if f else same
 
