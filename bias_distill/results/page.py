@@ -172,10 +172,14 @@ def table(self:Page,
     table,        # DataFrame, or Markdown
     *corner,      # titles of the index's levels
     title:str='', # above the table
+    short=False,  # leave out lines that hold only dashes, unless all do, and say how many those are
 )->Markdown:
     "Add a table."
-    text = table if isinstance(table, str) else to_markdown(table, *corner)
-    return self.text((f'**{title}**\n\n' if title else '')+text)
+    empty = (table=='–').all(axis=1) if short else Series(dtype=bool)
+    some = bool(empty.any() and not empty.all())
+    text = table if isinstance(table, str) else to_markdown(table[~empty] if some else table, *corner)
+    left_out = f'\n\nLines that nobody has run, left out: {empty.sum()}.'*some
+    return self.text((f'**{title}**\n\n' if title else '')+text+left_out)
 
 # %% ../../nbs/results/06_page.ipynb #ff44989c
 @patch
@@ -267,7 +271,7 @@ def fair_tables(
     methods = pairs(FAIR_METHODS) + [o | more for more,some in VARIED for o in pairs(some)]
     parts = {f'IPC {i}': fair_table(page.rows, sets, i, methods) for i in page.scale['fair_ipcs']*bool(sets)}
     corner = 'accuracy in %, below it DEO_M / DEO_A'
-    return [page.table(o, corner, title=title) for title,o in parts.items()][-1] if parts else page.text('')
+    return [page.table(o, corner, title=title, short=True) for title,o in parts.items()][-1] if parts else page.text('')
 
 # %% ../../nbs/results/06_page.ipynb #8e385c32
 def _beside_fairdd(tables):
@@ -373,7 +377,7 @@ def distiller_table(
               ('the whole training set, augmented','no weights'): whole | dict(eval_augment=GEOMETRIC)}
     def column(name): return [cell(page.find(dataset=name, conflict=.05, **o)) for o in lines.values()]
     table = DataFrame({f'`{d}`': column(d) for d in wanted(page, STRONG_SETS)}, MultiIndex.from_tuples(lines))
-    return page.table(table, 'distiller', 'weights')
+    return page.table(table, 'distiller', 'weights', short=True)
 
 # %% ../../nbs/results/06_page.ipynb #b3e7d1a0
 def beside_whole(
