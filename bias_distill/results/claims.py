@@ -152,7 +152,7 @@ def faces(
     if None in before+after: return ['–','–']
     on_all, on_conflicting = (b > a+margin for a,b in zip(before, after))
     text = f'{before[0]:.1f} to {after[0]:.1f}; on conflicting faces {before[1]:.1f} to {after[1]:.1f}'
-    return [text, 'agrees' if on_all else 'in part' if on_conflicting else 'no']
+    return [text, 'agrees' if on_all else 'no, only on conflicting faces' if on_conflicting else 'no']
 
 # %% ../../nbs/results/02_claims.ipynb #b2d4791c
 def standing(
@@ -191,7 +191,7 @@ def against_fairdd(
         if not len(ours): return ['no rows yet', paper or '–', '–', cell(theirs, what), '–']
         mean, spreads = mean_of(ours, what), [spread_of(o, what) for o in (ours, theirs)]
         verdicts = standing(mean, paper, spreads[0], sign), standing(mean, again, max(spreads), sign)
-        first = 'not the same pictures' if dataset in REPAINTED else verdicts[0]
+        first = 'not the same pictures' if dataset in REPAINTED and mean is not None else verdicts[0]
         last = verdicts[1] if len(theirs) else 'no rows yet'
         return [cell(ours, what), paper or '–', first, cell(theirs, what), last]
     lines = {f'`{o["dataset"]}`, IPC {o["ipc"]}': line(**o) for o in grid(dataset=tuple(datasets), ipc=tuple(ipcs))}

@@ -107,10 +107,10 @@ def missing(
     have = {hash_of(o) for o in (*rows.index, *there)}
     todo = [r for r in runs if setting(r) not in have]
     few = len({setting(r) for r in runs} & have - {hash_of(o) for o in rows.index})
-    wait = f', {few} of them fewer than those of the profile as it was'*bool(few)
+    wait = f' ({few} of them of fewer seeds than before, so that the earlier rows are shown)'*bool(few)
     if not todo: return f'All {len(runs)} cells have a row{wait}.'
     before = sum(setting(earlier(r)) in have for r in todo)
-    marked = f'; {before} others show one of the profile as it was before, marked °'*bool(before)
+    marked = f'; {before} others show only an earlier one, marked °'*bool(before)
     each = DataFrame(dict(profile=[r.profile for r in todo], took=Series(estimates(todo, rows), dtype=float)))
     known = each.groupby('profile').took.agg(['mean','size']).dropna()
     hours, unknown = (known['mean']*known['size']).sum()/3600, sorted({*each.profile}-{*known.index})
@@ -172,10 +172,10 @@ def table(self:Page,
     table,        # DataFrame, or Markdown
     *corner,      # titles of the index's levels
     title:str='', # above the table
-    short=False,  # leave out lines that hold only dashes, unless all do, and say how many those are
+    short=False,  # of a frame: leave out lines of dashes alone, unless all are, and say how many those are
 )->Markdown:
     "Add a table."
-    empty = (table=='–').all(axis=1) if short else Series(dtype=bool)
+    empty = ((table=='–') | table.isna()).all(axis=1) if short else Series(dtype=bool)
     some = bool(empty.any() and not empty.all())
     text = table if isinstance(table, str) else to_markdown(table[~empty] if some else table, *corner)
     left_out = f'\n\nLines that nobody has run, left out: {empty.sum()}.'*some
@@ -278,20 +278,22 @@ def _beside_fairdd(tables):
     "Tables of `against_fairdd`, rule -> table, as one: FairDD twice, then each rule and where it stands against both."
     parts = [next(iter(tables.values()))[[BESIDE[0],BESIDE[2]]]]
     for rule,o in tables.items():
-        against = o[BESIDE[1]].where(o[BESIDE[3]]=='–', o[BESIDE[1]]+' / '+o[BESIDE[3]])
+        both = o[BESIDE[1]]+' / '+o[BESIDE[3]]
+        against = both.mask(both=='– / –', '–')
         parts += [o.iloc[:,0].replace('no rows yet', '–'), against.rename(f'`{rule}` against published / our run')]
     return concat(parts, axis=1)
 
 def fair_verdicts(
     page:Page, # that gets them
-)->Markdown:   # the last
+)->Markdown:   # all of them
     "Add where our rules stand against FairDD, published and run here: by accuracy, and by DEO_M."
-    sets, ipcs = wanted(page, page.scale['fair_sets']), page.scale['fair_ipcs']
+    sets, ipcs, before = wanted(page, page.scale['fair_sets']), page.scale['fair_ipcs'], len(page.parts)
     for what,title in dict(accuracy='By accuracy, %', deo_m='By DEO_M, lower is better').items():
         tables = {o: against_fairdd(page.rows, sets, ipcs, what, o) for o in RULES*bool(sets)}
         run = concat([o.iloc[:,0]!='no rows yet' for o in tables.values()], axis=1).any(axis=1) if sets else Series()
         if run.any(): page.table(_beside_fairdd(tables)[run], title=title)
-    return page.text(f"Neither rule has been run yet on {', on '.join(run.index[~run])}." if not run.all() else '')
+    if not run.all(): page.text(f"Neither rule has been run yet on {', on '.join(run.index[~run])}.")
+    return Markdown('\n\n'.join(page.parts[before:]))
 
 # %% ../../nbs/results/06_page.ipynb #d208f9a5
 def labels_table(
