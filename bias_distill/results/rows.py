@@ -273,7 +273,7 @@ def to_markdown(
 PAPER, COBRA = 'Cui et al. 2024, abstract', 'COBRA (ICML 2026), Table 1'
 FAIRDD, APPENDIX = 'FairDD (NeurIPS 2025), Tables 1 and 2', 'FairDD (NeurIPS 2025), App. E, Table 9'
 LC = 'LC (ICLR 2023), Table 1, DFA and LfF quoted there from the DFA paper'
-AGAIN = 'Cui et al. as FairDD re-implemented it'
+AGAIN = 'DM + KDE, as FairDD re-implemented it'
 
 # %% ../../nbs/results/01_rows.ipynb #4bcf41cb
 def result(
