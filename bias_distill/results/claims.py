@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'FAR', 'ALIKE', 'RULES', 'REPAINTED', 'BESIDE', 'verdict', 'number', 'judge', 'known', 'gain', 'below',
-           'share_lost', 'compared', 'losses', 'against', 'faces', 'standing', 'against_fairdd', 'alike']
+           'share_lost', 'compared', 'losses', 'against', 'faces', 'standing', 'against_fairdd', 'beside_fairdd',
+           'alike']
 
 # %% ../../nbs/results/02_claims.ipynb #14c2a0d4
-from pandas import DataFrame, isna
+from pandas import DataFrame, concat, isna
 from ..experiment.tables import DATASETS, DISTILLERS, WEIGHTINGS, method
 from .rows import FAIRNESS, averages, cell, grid, mean_of, published, spread_of, where
 
@@ -196,6 +197,23 @@ def against_fairdd(
         return [cell(ours, what), paper or '–', first, cell(theirs, what), last]
     lines = {f'`{o["dataset"]}`, IPC {o["ipc"]}': line(**o) for o in grid(dataset=tuple(datasets), ipc=tuple(ipcs))}
     return DataFrame(lines.values(), list(lines), [method(way), *BESIDE])
+
+# %% ../../nbs/results/02_claims.ipynb #a12e5a84
+def beside_fairdd(
+    rows,                # frame, or list of dicts
+    datasets,            # names
+    ipcs,                # images per class
+    what:str='accuracy', # measure
+)->tuple:                # DataFrame of str; the places where no rule has been run
+    "FairDD as published and as we ran it, and each of our rules with where it stands against both."
+    tables = {o: against_fairdd(rows, datasets, ipcs, what, o) for o in RULES}
+    parts = [tables[RULES[0]][[BESIDE[0],BESIDE[2]]]]
+    for rule,o in tables.items():
+        both = (o[BESIDE[1]]+' / '+o[BESIDE[3]]).replace('– / –', '–')
+        parts += [o.iloc[:,0].replace('no rows yet', '–'), both.rename(f'`{rule}` against published / our run')]
+    table = concat(parts, axis=1)
+    run = (table.iloc[:,2::2]!='–').any(axis=1)
+    return table[run], list(table.index[~run])
 
 # %% ../../nbs/results/02_claims.ipynb #e845de9b
 def alike(

@@ -25,7 +25,7 @@ from ..experiment.store import command
 from ..experiment.tables import DATASETS, WEIGHTINGS
 from ..experiment.watch import read_row
 from . import figures
-from .claims import BESIDE, RULES, against_fairdd, standing
+from .claims import RULES, beside_fairdd, standing
 from bias_distill.results.rows import (
     FAIRNESS, MEASURES, average, by_measure, cell, cross, earlier, flat, frame, mark, mean_of, pivot, published,
     spread_of, to_markdown)
@@ -175,10 +175,10 @@ def table(self:Page,
     short=False,  # of a frame: leave out lines of dashes alone, unless all are, and say how many those are
 )->Markdown:
     "Add a table."
-    empty = ((table=='–') | table.isna()).all(axis=1) if short else Series(dtype=bool)
-    some = bool(empty.any() and not empty.all())
-    text = table if isinstance(table, str) else to_markdown(table[~empty] if some else table, *corner)
-    left_out = f'\n\nLines that nobody has run, left out: {empty.sum()}.'*some
+    left_out = ''
+    if short and 0 < (run := (table!='–').any(axis=1)).sum() < len(run):
+        table, left_out = table[run], f'\n\nLines that nobody has run, left out: {(~run).sum()}.'
+    text = table if isinstance(table, str) else to_markdown(table, *corner)
     return self.text((f'**{title}**\n\n' if title else '')+text+left_out)
 
 # %% ../../nbs/results/06_page.ipynb #ff44989c
@@ -274,26 +274,16 @@ def fair_tables(
     return [page.table(o, corner, title=title, short=True) for title,o in parts.items()][-1] if parts else page.text('')
 
 # %% ../../nbs/results/06_page.ipynb #8e385c32
-def _beside_fairdd(tables):
-    "Tables of `against_fairdd`, rule -> table, as one: FairDD twice, then each rule and where it stands against both."
-    parts = [next(iter(tables.values()))[[BESIDE[0],BESIDE[2]]]]
-    for rule,o in tables.items():
-        both = o[BESIDE[1]]+' / '+o[BESIDE[3]]
-        against = both.mask(both=='– / –', '–')
-        parts += [o.iloc[:,0].replace('no rows yet', '–'), against.rename(f'`{rule}` against published / our run')]
-    return concat(parts, axis=1)
-
 def fair_verdicts(
     page:Page, # that gets them
 )->Markdown:   # all of them
     "Add where our rules stand against FairDD, published and run here: by accuracy, and by DEO_M."
-    sets, ipcs, before = wanted(page, page.scale['fair_sets']), page.scale['fair_ipcs'], len(page.parts)
+    sets, parts = wanted(page, page.scale['fair_sets']), []
     for what,title in dict(accuracy='By accuracy, %', deo_m='By DEO_M, lower is better').items():
-        tables = {o: against_fairdd(page.rows, sets, ipcs, what, o) for o in RULES*bool(sets)}
-        run = concat([o.iloc[:,0]!='no rows yet' for o in tables.values()], axis=1).any(axis=1) if sets else Series()
-        if run.any(): page.table(_beside_fairdd(tables)[run], title=title)
-    if not run.all(): page.text(f"Neither rule has been run yet on {', on '.join(run.index[~run])}.")
-    return Markdown('\n\n'.join(page.parts[before:]))
+        table, missing = beside_fairdd(page.rows, sets, page.scale['fair_ipcs'], what)
+        if len(table): parts.append(page.table(table, title=title))
+    if missing: parts.append(page.text(f"Neither rule has been run yet on {', on '.join(missing)}."))
+    return Markdown('\n\n'.join(o.data for o in parts))
 
 # %% ../../nbs/results/06_page.ipynb #d208f9a5
 def labels_table(
