@@ -113,7 +113,7 @@ def _load(self:Experiment, data_dir):
     self.data = load(r.dataset, r.conflict, r.seed, data_dir, r.split, **own)
     self.classes = len(self.data.classes)
     self.train, self.test = self.data.train.to(device), self.data.test.to(device)
-    self.units = channel_stats(self.train.x)
+    self.units = channel_stats(self.train.x)  # what networks subtract, and divide by
     trains, judges = (s.y.bincount(minlength=self.classes).tolist() for s in (self.data.train, self.data.test))
     k = trains.index(min(trains))
     side = self.train.x.shape[-1]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEAR', 'FAR', 'ALIKE', 'RULES', 'REPAINTED', 'BESIDE', 'verdict', 'number', 'judge', 'known', 'gain', 'below',
            'share_lost', 'compared', 'losses', 'against', 'faces', 'standing', 'against_fairdd', 'beside_fairdd',
-           'alike']
+           'better', 'alike']
 
 # %% ../../nbs/results/02_claims.ipynb #14c2a0d4
 from pandas import DataFrame, concat, isna
@@ -214,6 +214,19 @@ def beside_fairdd(
     table = concat(parts, axis=1)
     run = (table.iloc[:,2::2]!='–').any(axis=1)
     return table[run], list(table.index[~run])
+
+# %% ../../nbs/results/02_claims.ipynb #ab355bf2
+def better(
+    rows,       # frame, or list of dicts
+    datasets,   # names
+    ipcs,       # images per class
+    one:dict,   # settings of a way
+    other:dict, # settings of another
+)->list:        # of True, False, None: for each dataset and number of images per class
+    "Is the mean accuracy of one way above another's?"
+    def mean(way, at): return mean_of(where(rows, conflict=DATASETS[at['dataset']].conflict, **at, **way))
+    found = [[mean(o, at) for o in (one, other)] for at in grid(dataset=tuple(datasets), ipc=tuple(ipcs))]
+    return [None if None in o else o[0] > o[1] for o in found]
 
 # %% ../../nbs/results/02_claims.ipynb #e845de9b
 def alike(
