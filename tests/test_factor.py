@@ -1,5 +1,5 @@
 "A stored image holds several smaller ones: decoded as a plain loop does, in every distiller, alone and in company, and by whoever has only the file."
-import json
+import json, shutil
 from dataclasses import replace
 import pytest, torch
 from safetensors.torch import load_file
@@ -120,8 +120,15 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.delenv('BIAS_DISTILL_DATA', raising=False)
         for d,o in out.items():
+            with_the_view_of(out, o)
             finish(job(complete(**SMALL, distiller=d, weighting='kde_draw'), out_dir=str(o)))
     return out
+
+def with_the_view_of(made, folder):
+    "What the encoder sees is the same for every distiller: trained once, for the first."
+    (folder/'stages').mkdir(exist_ok=True)
+    for p in made[PACKED[0]].glob('stages/supcon-*'):
+        if p.parent != folder/'stages': shutil.copy(p, folder/'stages')
 
 @pytest.mark.parametrize('distiller', PACKED)
 def test_rows_and_files(distiller, made):
@@ -136,6 +143,7 @@ def test_rows_and_files(distiller, made):
 
 @pytest.mark.parametrize('distiller', PACKED)
 def test_alone_as_in_company(distiller, made, tmp_path):
+    with_the_view_of(made, tmp_path)
     e = job(complete(**SMALL, distiller=distiller, weighting='kde_draw'), compare=False, out_dir=str(tmp_path))
     row, = finish(e)
     other = json.loads((made[distiller]/f"{row['key']}.json").read_text())

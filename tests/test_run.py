@@ -171,7 +171,7 @@ def wait_for(p, line):
 
 # where a run is killed -> (where, at); what must be there then; what must not
 KILLS = dict(
-    supcon=('supcon', 5, [], ['supcon-','distill-']),                        # before anything was stored
+    supcon=('supcon', 3, [], ['supcon-','distill-']),                        # before anything was stored
     distill=('distill', 13, ['supcon-','distill-'], []),                     # in the middle, after 12 steps were stored
     polled=('nowhere', 0, ['supcon-','distill-'], []),                       # from outside, as soon as a checkpoint of it shows up
     twins=('replace', 'distill-', ['supcon-','distill-'], []),               # while storing: one twin's first step is stored, the other's half

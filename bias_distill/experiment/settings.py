@@ -221,7 +221,7 @@ def inner(ipc): return loops(ipc)[1]
 DEFAULTS = [ # (when, values)
     ({}, dict(variance=.05, tau=1., encoder_tau=.5, eval_lr=.01, init='real')),
     (dict(profile='smoke'), dict(
-        augment='none', encoder_steps=10, encoder_width=8, iterations=4, lr_img=10., batch_real=16, width=8,
+        augment='none', encoder_steps=5, encoder_width=8, iterations=4, lr_img=10., batch_real=16, width=8,
         eval_networks=2, eval_epochs=4, eval_batch=64)),
     (dict(profile='laptop'), dict(
         augment='none', encoder_steps=150, encoder_width=32, iterations=200, lr_img=10., batch_real=256, width=64,

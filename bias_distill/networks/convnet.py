@@ -123,6 +123,7 @@ def block(
 )->Tensor:              # (n, channels of `conv`, h//2, w//2)
     "A block of the ConvNet: convolution, instance norm, ReLU, mean of every 2 x 2 pixels."
     x = conv(x) if groups==1 else F.conv2d(x, conv.weight, conv.bias, padding=1, groups=groups)
+    if not torch.compiler.is_compiling(): x = x.contiguous()
     return F.avg_pool2d(F.relu(norm(x)), 2)
 
 # %% ../../nbs/networks/01_convnet.ipynb #50dc4926
