@@ -67,7 +67,7 @@ def _no_triton():
 def can_compile(
     device:str='cpu', # device type
 )->bool:
-    """True where `torch.compile` can work for a device; else one warning. False on MPS, where BIAS_DISTILL_EAGER is set,
+    """True where `torch.compile` can work for a device; else one warning. False on MPS, if BIAS_DISTILL_EAGER is set,
     and in `nbdev_test` (which sets IN_TEST) unless BIAS_DISTILL_EAGER is set to nothing."""
     if os.environ.get('BIAS_DISTILL_EAGER', os.environ.get('IN_TEST')) or device == 'mps': return False
     why = _no_compiler() or (_no_triton() if device == 'cuda' else '')
