@@ -57,6 +57,12 @@ def test_rows_have_the_names_of_their_settings():
     rows = sorted((ROOT/'paper_figures/rows').glob('*.json')); assert len(rows) > 100
     for p in rows: assert p.stem.removesuffix('-mlxtend') == cell_name(run_of(json.loads(p.read_text()))), p.name
 
+def test_the_images_of_every_pictured_row_are_there():
+    "A row of DM that takes the place of an older one brings its tile. (Of DSA on corruptions none was kept.)"
+    names = {cell_name(r) for r in cells('figure_distilled_images') if r.distiller=='dm'} & {p.stem for p in (ROOT/'paper_figures/rows').glob('*.json')}
+    missing = sorted(n for n in names if not (ROOT/f'paper_figures/tiles/{n}.png').exists())
+    assert names and not missing, missing
+
 # --- the workflow itself (Snakemake wants Python 3.11) ---
 
 @pytest.fixture

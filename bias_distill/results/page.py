@@ -110,7 +110,7 @@ def missing(
     wait = f' ({few} of them of fewer seeds than before, so that the earlier rows are shown)'*bool(few)
     if not todo: return f'All {len(runs)} cells have a row{wait}.'
     before = sum(setting(earlier(r)) in have for r in todo)
-    marked = f'; {before} others show only an earlier one, marked °'*bool(before)
+    marked = f"; {before} other{' shows' if before==1 else 's show'} only an earlier one, marked °"*bool(before)
     each = DataFrame(dict(profile=[r.profile for r in todo], took=Series(estimates(todo, rows), dtype=float)))
     known = each.groupby('profile').took.agg(['mean','size']).dropna()
     hours, unknown = (known['mean']*known['size']).sum()/3600, sorted({*each.profile}-{*known.index})
