@@ -1,12 +1,29 @@
-"A notebook in the process of a test, its parameters set as papermill sets them: in seconds, as nothing is loaded anew."
-import os
+"A notebook through papermill; and in the process of a test, its parameters set as papermill sets them: in seconds, as nothing is loaded anew."
+import os, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
 import pandas as pd
 from execnb.nbio import read_nb
 from execnb.shell import CaptureShell
+from conftest import LIMIT
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Jupyter chooses a kernel's ports before the kernel takes them. Another that starts just then may be first, and the
+# kernel dies or is never heard. That is not what these tests are about.
+NO_KERNEL = 'Kernel died before replying to kernel_info', "Kernel didn't respond in"
+
+def environment():
+    "That of a user: no data, and no sign of a test."
+    return {k: v for k,v in os.environ.items() if k not in ('IN_TEST','BIAS_DISTILL_DATA')}
+
+def papermill(notebook, out, *args, cwd=ROOT, env=None):
+    "(exit code, standard error) of the command; it is typed once more where its kernel did not start."
+    command = [sys.executable,'-m','papermill',ROOT/notebook,out,'--no-progress-bar',*args]
+    for _ in range(2):
+        p = subprocess.run([*map(str, command)], cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=LIMIT)
+        if not any(o in p.stderr for o in NO_KERNEL): break
+    return p.returncode, p.stderr
 
 @contextmanager
 def working_in(folder):

@@ -1,19 +1,11 @@
 "The audit through papermill: what it refuses, what it finds in a folder with a planted shortcut, what it leaves."
-import os, subprocess, sys
+import os
 from functools import partial
 import pandas as pd, pytest, torch
 from bias_distill.audit.plants import plant, write_images
 from bias_distill.data.cmnist import cmnist
 from bias_distill.data.names import seeded
-from conftest import LIMIT
-from notebooks import ROOT, execute
-
-def papermill(out, *args):
-    "(exit code, standard error)"
-    env = {k: v for k,v in os.environ.items() if k not in ('IN_TEST','BIAS_DISTILL_DATA')}
-    p = subprocess.run([sys.executable,'-m','papermill','nbs/audit.ipynb',str(out),'--no-progress-bar',*map(str, args)],
-                       cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT)
-    return p.returncode, p.stderr
+from notebooks import ROOT, execute, papermill
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
@@ -40,7 +32,7 @@ def test_refused_in_one_line(name, tmp_path):
 
 def test_refused_through_papermill(tmp_path):
     "With an exit code of 1; a name of digits, which papermill takes for a number."
-    code, err = papermill(tmp_path/'out.ipynb', '-p','data_dir','2024')
+    code, err = papermill('nbs/audit.ipynb', tmp_path/'out.ipynb', '-p','data_dir','2024')
     said = 'data_dir=2024: input should be a valid string; write ./2024, or -r data_dir 2024'
     assert code == 1 and said in err.strip().splitlines()[-1], err[-1500:]
 
@@ -68,7 +60,7 @@ def test_refused_after_a_look(name, tmp_path):
 def test_planted_folder(digits):
     top, paths, free = digits
     pd.DataFrame(dict(path=paths, bias=['plain' if o else 'logo' for o in free.tolist()])).to_csv(top/'labels.csv', index=False)
-    code, err = papermill(top/'out.ipynb', '-p','data_dir',top/'pictures','-p','out_dir',top/'audit','-p','labels',top/'labels.csv','-p','size',28)
+    code, err = papermill('nbs/audit.ipynb', top/'out.ipynb', '-p','data_dir',top/'pictures','-p','out_dir',top/'audit','-p','labels',top/'labels.csv','-p','size',28)
     assert code == 0, err[-3000:]
     t, w = pd.read_csv(top/'audit/audit.csv', keep_default_na=False, dtype={'class': str}), pd.read_csv(top/'audit/weights.csv')
     verdict = pd.read_csv(top/'audit/verdict.csv', keep_default_na=False, dtype=str).set_index('class').verdict

@@ -1,10 +1,9 @@
 "Bad input is refused before any work, with the value, what was wanted and the valid choices; and nothing that was there is lost."
-import gzip, json, math, os, re, struct, subprocess, sys
+import gzip, json, math, os, re, struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest, torch
-from conftest import LIMIT
-from notebooks import ROOT, execute
+from notebooks import execute, papermill
 from bias_distill.networks.augment import augment, draw, parse
 from bias_distill.data.cmnist import MNIST_FILES, cmnist, find_mnist
 from bias_distill.data.split import Split, assign_bias
@@ -461,15 +460,10 @@ PAPERMILL = {   # with its exit code, and what it makes of digits
 def refusals(tmp_path_factory):
     "(exit code, standard error, files in out_dir) of each, two at a time."
     tmp = tmp_path_factory.mktemp('papermill')
-    env = {k: v for k,v in os.environ.items() if k not in ('IN_TEST','BIAS_DISTILL_DATA')}
     def run(name):
         o = tmp/name.replace(' ','_'); o.mkdir(); (o/'notes.txt').write_text('mine')
-        for _ in range(2):
-            p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp/f'{o.name}.ipynb'),'--no-progress-bar','-p','profile','smoke','-p','out_dir',str(o),*PAPERMILL[name][0]],
-                               cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT)
-            # Jupyter chooses a kernel's ports before the kernel takes them: another that starts just then may be first. Not what is tested here.
-            if 'Kernel died before replying to kernel_info' not in p.stderr: break
-        return p.stderr, p.returncode, files(o)
+        code, err = papermill('nbs/run.ipynb', tmp/f'{o.name}.ipynb', '-p','profile','smoke','-p','out_dir',o,*PAPERMILL[name][0])
+        return err, code, files(o)
     with ThreadPoolExecutor(2) as pool: return dict(zip(PAPERMILL, pool.map(run, PAPERMILL)))
 
 @pytest.mark.parametrize('name', PAPERMILL)
@@ -482,9 +476,9 @@ def test_papermill(name, refusals):
 def test_an_out_dir_of_any_name_is_shown_and_can_be_copied(tmp_path):
     "Quotes, backticks and HTML: nothing is formatted, and the printed lines of Python load the images."
     out = tmp_path/'it\'s "`a``" <b>here</b> & $x$'
-    p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar','-p','profile','smoke','-p','ipc','1',
-                        '-p','weighting','uniform','-p','device','cpu','-p','out_dir',str(out)], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
-    assert p.returncode == 0, p.stderr[-2000:]
+    code, err = papermill('nbs/run.ipynb', tmp_path/'out.ipynb', '-p','profile','smoke','-p','ipc','1',
+                          '-p','weighting','uniform','-p','device','cpu','-p','out_dir',out)
+    assert code == 0, err[-2000:]
     cells = json.loads((tmp_path/'out.ipynb').read_text(encoding='utf-8'))['cells']
     shown = [''.join(o['data']['text/markdown']) for c in cells for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})]
     named = [o for o in shown if str(out) in o]

@@ -3,6 +3,7 @@ import gzip, io, json, os, struct, subprocess, sys, tarfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from conftest import LIMIT
+from notebooks import papermill
 from PIL import Image
 from bias_distill.data.kept import cache_dir, kept, kept_dir, kept_path
 from bias_distill.experiment.tables import DATASETS, load
@@ -400,8 +401,8 @@ def test_notebook(name, tmp_path):
     given = dict(folder=dict(data_dir=own(tmp_path/'mine', ('US$5_$','a|b','猫','$$'))), cmnist=dict(second_bias='scale', second_conflict=.1, weighting='kde_rare', compare='uniform,oracle'))[name]
     args = [o for k,v in (given | dict(dataset=name, profile='smoke', ipc=2, out_dir=tmp_path/'runs')).items() for o in ('-p', k, str(v))]
     env = {k: v for k,v in os.environ.items() if k not in ('IN_TEST','BIAS_DISTILL_DATA','MPLBACKEND')}   # inline pictures
-    p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(tmp_path/'out.ipynb'),'--no-progress-bar',*args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT)
-    assert p.returncode == 0, p.stderr[-3000:]
+    code, err = papermill('nbs/run.ipynb', tmp_path/'out.ipynb', *args, env=env)
+    assert code == 0, err[-3000:]
     outputs = [o for c in json.loads((tmp_path/'out.ipynb').read_text())['cells'] for o in c.get('outputs', [])]
     text = '\n'.join(''.join(o['data'].get('text/markdown', '')) for o in outputs if 'data' in o)
     assert sum('image/png' in o.get('data', {}) for o in outputs) >= 6

@@ -3,7 +3,7 @@ import ast, functools, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest, yaml
-from conftest import LIMIT
+from notebooks import papermill
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_NBS = sorted(p for p in ROOT.glob('nbs/**/*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -141,8 +141,8 @@ def test_readme_links_exist():
 def test_figures_are_made_from_rows(tmp_path):
     "The figure notebooks that only read rows run, and leave the repository as it was."
     for p in [o for o in WITH_PARAMETERS if o.stem == 'faces']:
-        r = subprocess.run([sys.executable,'-m','papermill',str(p),str(tmp_path/p.name),'--no-progress-bar'], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
-        assert r.returncode == 0, r.stderr[-2000:]
+        code, err = papermill(p, tmp_path/p.name)
+        assert code == 0, err[-2000:]
 
 # -- the documentation
 

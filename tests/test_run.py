@@ -1,9 +1,9 @@
 "The main job, as users start it; and what it promises: killed and resumed, twice at once, or again, the result is the same."
-import json, os, shutil, signal, subprocess, sys, time
+import json, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 import numpy as np, pytest, torch
 from conftest import LIMIT
-from notebooks import ROOT, execute
+from notebooks import ROOT, environment, execute, papermill
 from safetensors.torch import load_file
 from bias_distill.experiment import experiment
 from bias_distill.data.names import seeded
@@ -21,7 +21,6 @@ pytestmark = [pytest.mark.usefixtures('small_data'), pytest.mark.compiled]   # t
 TIMES = ('seconds','memory_mb','peak_memory_mb','made')
 RUN = dict(profile='smoke', ipc=2, iterations=30)
 
-def environment(): return {k: v for k,v in os.environ.items() if k not in ('IN_TEST','BIAS_DISTILL_DATA')}
 def job(run, compare=True, **where):
     "What run.ipynb does with its parameters: a run, and its twins beside it."
     return Experiment(runs_of(run, compare), **where)
@@ -39,17 +38,14 @@ def state(folder): return {p.relative_to(folder): (p.read_bytes(), p.stat().st_m
 
 # -- (a) and (d): the command of the README, and the same again
 
-def papermill(out, *args):
-    t = time.monotonic()
-    p = subprocess.run([sys.executable,'-m','papermill','nbs/run.ipynb',str(out)+'.ipynb','--no-progress-bar','-p','profile','smoke','-p','out_dir',str(out),*args],
-                       cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
-    assert p.returncode == 0, p.stderr[-3000:]
-    return time.monotonic()-t
+def through_papermill(out, *args):
+    code, err = papermill('nbs/run.ipynb', f'{out}.ipynb', '-p','profile','smoke','-p','out_dir',out,*args)
+    assert code == 0, err[-3000:]
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp('papermill')/'runs'
-    papermill(out, '-p','ipc','2')
+    through_papermill(out, '-p','ipc','2')
     return out
 
 def test_two_rows(run):
@@ -112,7 +108,7 @@ def test_images(run):
         assert (run/f'{key}.png').read_bytes().startswith(b'\x89PNG\r\n\x1a\n') and (run/f'{key}.png').stat().st_size > 2000
 
 def test_the_same_command_again_touches_nothing(run):
-    before = state(run); papermill(run, '-p','ipc','2')
+    before = state(run); through_papermill(run, '-p','ipc','2')
     assert state(run) == before
 
 def test_the_same_again_computes_nothing(run, monkeypatch):

@@ -2,7 +2,7 @@
 import shutil, subprocess, sys, time
 import pytest
 from slurm_cluster import Cluster, packages
-from test_run import environment
+from notebooks import environment
 from test_sweep import copy, result, snakemake
 
 SLURM = ('--workflow-profile','profiles/slurm','--slurm-no-account','--slurm-status-command','squeue','--slurm-init-seconds-before-status-checks','5')

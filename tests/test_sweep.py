@@ -6,8 +6,7 @@ from conftest import LIMIT
 from bias_distill.experiment.settings import complete
 from bias_distill.results.sweep import EVERYBODY, cell_name, cells, run_of
 from forked import dry_run
-from notebooks import ROOT, execute, texts
-from test_run import environment
+from notebooks import ROOT, environment, execute, papermill, texts
 
 TIMES = ('seconds','memory_mb','peak_memory_mb','made','commit')
 
@@ -49,9 +48,8 @@ def test_a_wrong_parameter_of_a_page(given, says, tmp_path):
     assert not list(tmp_path.glob('table*'))
 
 def test_a_wrong_parameter_through_papermill(tmp_path):
-    p = subprocess.run([sys.executable,'-m','papermill',str(ROOT/'paper_figures/table_faces.ipynb'),str(tmp_path/'o.ipynb'),'--no-progress-bar','-p','profle','smoke'],
-                       cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=LIMIT)
-    assert p.returncode == 1 and "did you mean 'profile'" in p.stderr and not list(tmp_path.glob('table*'))
+    code, err = papermill('paper_figures/table_faces.ipynb', tmp_path/'o.ipynb', '-p','profle','smoke', cwd=tmp_path)
+    assert code == 1 and "did you mean 'profile'" in err and not list(tmp_path.glob('table*'))
 
 def test_rows_have_the_names_of_their_settings():
     rows = sorted((ROOT/'paper_figures/rows').glob('*.json')); assert len(rows) > 100
