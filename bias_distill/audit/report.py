@@ -34,7 +34,7 @@ class Audit:
     table:pd.DataFrame  # a row per file
 
 def _of_test(z, y, part, raw, v, classes):
-    "Scores of the test part, 0 to 1, and who of it goes against what the encoder saw in the others' scores, `raw`."
+    "Scores of the test part, 0 to 1, and who in it is as rare as those beyond the cut of the others' scores, `raw`."
     train, score = part==0, torch.zeros(len(y))
     against = torch.zeros(len(y), dtype=torch.bool)
     for k,name in enumerate(classes):

@@ -234,7 +234,7 @@ def difficulty_view(
 
 # %% ../../nbs/debias/02_dfa.ipynb #8430072c
 def _lff_fit(see, params, x, y, classes, steps, lr, batch, progress, seed):
-    "Train the debiased and the biased pair, which `see` images; the losses of the last step."
+    "Train the debiased and the biased pair, whose forward functions are `see`; cross-entropies of the last step."
     opt, seen = torch.optim.Adam(params, lr=lr), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     d, b = torch.zeros(2, 2, len(x), device=x.device)
     for t,(xb,i,_) in zip(range(steps), batches(x, batch, None, seed)):

@@ -112,7 +112,7 @@ def contrast_view(
     *,
     seed:int,           # names all random streams
 )->Tensor:              # (n, 128) unit embeddings; of several members, (members, n, 128)
-    "How SelecMix's auxiliary network sees every image: same labels crowded, rare ones apart."
+    "How SelecMix's auxiliary network sees every image: those of a label close together, rare ones apart."
     check_training_set(x, y)
     check_positive(steps=steps, lr=lr, big=big)
     c = Contrast(new, lr, compile, seed)

@@ -55,7 +55,7 @@ def by_row(
     dims:tuple,    # what `vmap` takes as the dimensions of the further arguments: zeros
     compile:bool,  # False for short runs
 ):                 # function `g(q, p, *args)`, each further argument with rows in front
-    "`f(q, p, ...)` for every row of its other arguments; a single row, as on a CPU, without the price of `vmap`."
+    "`f(q, p, ...)` for every row of its other arguments; a single row without the price of `vmap`."
     many, one = (compiled(g, compile, exact=True) for g in (vmap(f, (None,None)+dims), f))
     def call(q, p, *args):
         if len(args[0]) > 1: return many(q, p, *args)

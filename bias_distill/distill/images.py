@@ -24,7 +24,7 @@ from ..weights.weighting import Weighting, class_index, draw_initial
 def central_images(
     x:Tensor,          # (n, 3, h, w) uint8 images, on the device to work on
     index:list,        # of each class, the indices of its images, from `class_index`
-    ipc:int,           # images per class; those that they hold are at most the size of the smallest class
+    ipc:int,           # images per class; times factor^2, at most the size of the smallest class
     p:Tensor=None,     # (n,) sample weights; None: all alike
     width:int=128,     # channels of the random ConvNet
     compile:bool=True, # False for short runs

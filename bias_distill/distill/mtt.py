@@ -44,7 +44,7 @@ def weighted_batches(
     draws,                # from `expert_draws`, on the device to work on
     weighting:Weighting,  # says what each image weighs
 ):                        # generator of (indices, weights, augmentation), one a step
-    "Batches of 256 images of all classes, with their weights."
+    "Batches of at most 256 images of all classes, with their weights."
     for i,o,params in draws:
         if i is not None: flat, w = i.flatten(), _weights(weighting, i).flatten()
         yield flat[o], w[o], params

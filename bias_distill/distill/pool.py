@@ -59,7 +59,7 @@ def ecf_distance(
     b:Tensor,        # (C, 2, T) from `ecf`, of synthetic images
     eps:float=1e-12, # below this square a distance has no gradient
 )->Tensor:           # ()
-    "Distance of two characteristic functions, by the square root of 2: mean over frequencies, sum over classes."
+    "Distance of two characteristic functions over the square root of 2: mean over frequencies, sum over classes."
     return ((a-b).pow(2).sum(1).clamp(min=eps)/2).sqrt().mean(-1).sum()
 
 # %% ../../nbs/distill/07_pool.ipynb #c9799a1c
@@ -171,7 +171,7 @@ def _check_pool(metric, calibration):
 
 # %% ../../nbs/distill/07_pool.ipynb #885d032f
 def _alike(weightings):
-    "Lists of the weightings that draw and weigh alike, and were trained with alike."
+    "Lists of the weightings that draw and weigh alike, and whose pools were trained alike."
     groups = {}
     for w in weightings: groups.setdefault((id(w.p), id(w.in_batch)), []).append(w)
     return list(groups.values())

@@ -120,7 +120,7 @@ def pools(
 def rded(
     split:Split,         # training set, on the device to work on; its bias labels are not read
     weighting:Weighting, # its `p` says how the pool and the teacher's images are drawn; without: evenly
-    ipc:int,             # images per class; those that they hold are at most the size of the smallest class
+    ipc:int,             # images per class; times factor^2, at most the size of the smallest class
     classes:int,         # number of classes
     width:int=128,       # channels of the teacher
     compile:bool=True,   # False for short runs

@@ -63,7 +63,7 @@ def attempt(
 
 # %% ../../nbs/experiment/03_params.ipynb #3041e685
 def _not_a_name(k, v):
-    "That a place is no text, and how papermill is told one that looks like a number."
+    "The complaint about a folder that is no text, and how to give papermill a name that looks like a number."
     said = f'{k}={v!r}: expected str, got {type(v).__name__}'
     if not isinstance(v, (int, float)): return said
     name = v if type(v) is int else 'NAME' # 1e5 has become 100000.0

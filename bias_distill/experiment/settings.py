@@ -74,7 +74,7 @@ class What(Base):
     dataset:one_of('dataset', DATASETS) = setting(
         "'cmnist', 'bg_fmnist', 'corrupted_cifar10', 'utkface', ... (see the docs); yours: 'folder'", 'cmnist')
     conflict:float|None = setting(
-        'share of bias-conflicting training images, 0 to 1; None: as the dataset comes, or 0.05',
+        'share of bias-conflicting training images, 0 to 1; None: as the dataset comes, mostly 0.05',
         wanted=SHARE, ge=0, le=1)
     ipc:int = setting('synthetic images per class', 10, ge=1)
     distiller:one_of('distiller', DISTILLERS) = setting(

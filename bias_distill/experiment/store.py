@@ -31,7 +31,7 @@ def stage_key(
     run:Run,    # complete
     stage:str,  # a view, 'distill', 'experts' with the number of the first, or 'row'
     data:str,   # fingerprint of the dataset
-    how:str='', # how it is computed, for what is gone on with
+    how:str='', # how it is computed, for stages that can be resumed
 )->str:         # 12 hexadecimal digits
     "A hash of all that shapes a stage's result."
     shape = STAGES.get(stage) or STAGES[stage.rstrip('0123456789')]

@@ -113,7 +113,7 @@ VIEWS = dict(
     cross_entropy=View(classifier_view, STEPPED),
     errors=View(errors_view, STEPPED),
     chosen=View(chosen_view, ('encoder_tau','encoder_width'), steps=300),
-    guess=View(guess_view, ('encoder_width',), steps=200), # four classifiers, about as long as so many
+    guess=View(guess_view, ('encoder_width',), steps=200), # its four classifiers take about as long
     selecmix=View(selecmix_view, STEPPED),
     lff=View(lff_view, STEPPED),
     dfa=View(dfa_view, STEPPED))

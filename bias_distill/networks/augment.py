@@ -189,6 +189,6 @@ def default_strategy(
     dataset:str,        # name of a dataset
     distiller:str='dm', # what for
 )->str:                 # as `parse` reads it
-    "The augmentation of the authors' protocol for that dataset and distiller."
+    "The default augmentation: the authors' own, but for the entries of `STRATEGY` and the flips of digits."
     own = STRATEGY.get((distiller, None)) or STRATEGY.get((distiller, dataset))
     return own or '_'.join(o for o in OPS if o!='flip' or dataset not in DIGITS)

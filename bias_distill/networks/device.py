@@ -11,7 +11,7 @@ import torch
 from ..data.names import unknown
 
 # %% ../../nbs/networks/07_device.ipynb #1847c10d
-def there()->list: # of names, the one that 'auto' takes first
+def there()->list: # of names; the first is the one that 'auto' takes
     "The devices of this machine."
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     cuda = ['cuda']*bool(gpus) + [f'cuda:{k}' for k in gpus]

@@ -28,7 +28,7 @@ def fast_dtype(
 def autocast(
     device:str='cpu', # device type
 ):                    # a context manager
-    "A context in which convolutions run in `fast_dtype`; norms and losses keep float32."
+    "A context in which convolutions and products run in `fast_dtype`; losses keep float32, on CUDA norms too."
     dtype = fast_dtype(device)
     return contextlib.nullcontext() if dtype==torch.float32 else torch.autocast(device, dtype)
 
@@ -39,7 +39,7 @@ def _compiler():
     return named or [o for o in ('g++','clang++','c++','cl') if shutil.which(o)][:1]
 
 def _fails(compiler):
-    "Why a compiler cannot make a library of five words; '' if it can."
+    "Why a compiler cannot make a library of two lines of C++; '' if it can."
     if compiler[-1] == 'cl': return '' # takes other arguments
     with tempfile.TemporaryDirectory() as t:
         source = os.path.join(t, 'a.cpp')
@@ -101,14 +101,18 @@ def compiled(
     exact:bool=False, # True: in float32, for the last digits
 ):                    # function like `f`
     "`f` compiled for fixed shapes and run in `fast_dtype`; `f` itself where that is switched off or impossible."
-    if not on or not can_compile(): return _in_float32(f) if exact else f
+    plain = _in_float32(f) if exact else f
+    if not on or not can_compile(): return plain
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)   # says at length that a CPU is no GPU
     _keep_compiled()
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     g = torch.compile(f, dynamic=False)
-    if exact: return _in_float32(g)
+    exactly = _in_float32(g)
     def call(*args):
-        with autocast(next(a.device.type for a in args if isinstance(a, Tensor))): return g(*args)
+        kind = next(o.device.type for o in tree_leaves(args) if isinstance(o, Tensor))
+        if not can_compile(kind): return plain(*args) # a GPU may lack what a CPU has
+        if exact: return exactly(*args)
+        with autocast(kind): return g(*args)
     return call
 
 # %% ../../nbs/networks/02_fast.ipynb #7d20ab94
@@ -127,7 +131,7 @@ def bite(
     n:int,              # images in all
     target:int=64,      # images that fit the cache
 )->int:                 # images a bite
-    "The largest divisor of `n` up to `target` (at least half of it), so that all bites are alike; else `target`."
+    "The largest divisor of `n` up to `target` (more than half of it), so that all bites are alike; else `target`."
     if n <= target: return max(n, 1)
     return next((d for d in range(target, target//2, -1) if n%d==0), target)
 

@@ -65,7 +65,7 @@ def redraw_as(
 
 # %% ../../nbs/networks/03_others.ipynb #044ea029
 class Many(nn.Module):
-    "Networks of one kind side by side, one after the other; a batch is not split, as some average over it."
+    "Networks of one kind, called one after the other; a batch is not split, as some normalise over it."
     most = 2**20   # images that may go through at once
     def __init__(self,
         make,            # function of no arguments to a new network

@@ -85,7 +85,7 @@ def by_group(
     pred:Tensor, # (members, n) predicted classes
     split:Split, # the test set
     kinds=None,  # of str, what each bias is, where there are several
-)->dict:         # of lists, one number a member, percent; None where there are no bias labels
+)->dict:         # of lists, one number a member, percent; None: no bias labels (fairness: or several biases)
     "Accuracy on all, on aligned, on conflicting images, of the worst group; fairness; and the groups themselves."
     pred, split = pred.cpu(), split.to('cpu')
     hits = (pred==split.y).double()*100

@@ -18,7 +18,7 @@ def chunks(
     i:Tensor,    # (n,) indices
     most:int,    # length that no part exceeds
 )->tuple:        # of index tensors
-    "Parts of `i`, as few and as even as can be; nothing is dropped."
+    "Parts of `i`, as few as can be, equally long but for the last; nothing is dropped."
     return i.chunk(-(-len(i)//most)) if len(i) else ()
 
 # %% ../../nbs/networks/04_training.ipynb #247b90ff

@@ -100,7 +100,7 @@ def missing(
     name:str,     # of the page
     runs:list,    # its cells
     rows,         # frame with the rows that it shows
-    there=(),     # names of all rows that there are; default: those
+    there=(),     # names of all rows that there are; default: those of `rows`
 )->str:           # Markdown
     "Which cells have no row, the commands that make them, and about how long they take."
     if not runs: return ''

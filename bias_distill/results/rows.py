@@ -71,7 +71,7 @@ EARLIER = dict( # profile -> setting -> its default now, and before
 def earlier(
     run:Run, # complete
 )->Run:      # the same where its profile did not change
-    "A run as its profile's defaults were before: each of today's, put back."
+    "The run under its profile's earlier defaults: each value that is today's default is put back."
     was = EARLIER.get(run.profile, {})
     return run.but(**{k: before for k,(now,before) in was.items() if getattr(run, k)==now})
 
@@ -91,7 +91,7 @@ def is_plain(
 def plain(
     rows,      # frame, or list of dicts
 )->DataFrame:  # with a column `earlier`
-    "The rows whose settings are all their profile's own; or, where there are more of these, its own as it was."
+    "The rows that take all settings from their profile as it is; or as it was, where there are more of those."
     rows = frame(rows)
     def those(before): return Series([is_plain(r, before) for r in rows.to_dict('records')], rows.index, dtype=bool)
     now = those(before=False)
@@ -371,7 +371,7 @@ PUBLISHED = [
 def all_published(
     row,         # dict of settings, such as a row; or a line of a frame
 )->list:         # of dicts, with `accuracy`, `source` and `note`
-    "The published results for a row's setting. None lacked labels, packed images, began at k-means, or augments so."
+    "The published results for a row's setting; none used few labels, packed or augmented images, or k-means."
     keys = ('dataset','conflict','ipc','distiller','weighting','debiaser')
     network = None if row.get('network')=='convnet' else row.get('network')
     if any(row.get(k) is not None for k in (*LABELS,'factor','eval_augment')) or row.get('init')=='kmeans': return []

@@ -79,7 +79,7 @@ SMOKE = dict(conflicts=(.05,), ipcs=(1,), ipc=1, debias_ipcs=(1,), whole=(.05,),
              fair_ipcs=(1,), known=(.25,1.), wrong=(0.,.25), judged_ipcs=(1,), judged_epochs=6,
              fair_sets=('cmnist_fg',), labels_sets=('cmnist_fg',), judged_sets=('cmnist',), fair={}, fair_steps={},
              peers={})
-# a twelfth of the matching, for many sets; what that costs stands in paper_figures/profile.ipynb
+# for many sets: half the steps at IPC 10, a twelfth of the matching at IPC 50 (paper_figures/profile.ipynb)
 # an image's gradient shrinks with their number: the rate makes up for it (paper_figures/profile.ipynb)
 HALF = dict(fair=dict(width=64, eval_width=128, eval_networks=2),
             fair_steps={10: dict(iterations=100), 50: dict(iterations=100, lr_img=50.)})

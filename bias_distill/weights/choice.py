@@ -65,7 +65,7 @@ def sharpest(
     "The variance at which the density within a class is most clearly bimodal, in the mean over classes."
     some = _some(y, n, seed)
     z, y = z[some], y[some]
-    def one(f): return bimodality(-f) if f.median()+math.log(len(f)) > math.log(1.5) else 0.  # f is 1/n for one alone
+    def one(f): return bimodality(-f) if f.median()+math.log(len(f)) > math.log(1.5) else 0.  # alone: f = -log n
     def at(v):
         f = class_density(z, y, v)
         return sum(one(f[y==k]) for k in y.unique())/len(y.unique())

@@ -101,7 +101,7 @@ def drawn_alike(
     against = 1-groups.gather(1, y[:,None])[:,0]
     return Weighting(name, against, p=w, about=dict(rare=round(against.mean().item(), 5)))
 
-TRUSTED = 1-2*SHARE # of the labels: a guess that names fewer does not follow one shortcut
+TRUSTED = 1-2*SHARE # share of images whose guess is their label; with fewer, the guess is not used
 
 def agreement(
     logp:Tensor, # (n, classes) log probabilities of the labels

@@ -15,7 +15,7 @@ def log_density(
     z:Tensor,        # (..., n, d) embeddings
     variance:float,  # of the Gaussian kernel, in squared units of z, above 0
     rows:int=None,   # rows at once; default: as many as keep the block at 4 MB (a GPU: 256 MB)
-    finite:bool=False, # known to be finite: not looked at, which a GPU would have to be waited for
+    finite:bool=False, # True: `z` is known to be finite, so the check is skipped (it makes a GPU wait)
 )->Tensor:           # (..., n)
     "Log of the kernel density estimate at the samples themselves; a ValueError for embeddings that are not finite."
     if not variance > 0: raise ValueError(f"variance={variance}: the kernel's variance must be positive")

@@ -19,13 +19,13 @@ def supcon(
     y:Tensor,       # (n,) integer labels
     tau:float=.5,   # temperature, above 0
 )->Tensor:          # () mean loss over anchors that have a positive
-    "Supervised contrastive loss (Khosla et al. 2020, eq. 2); a ValueError where no two labels are the same."
+    "Supervised contrastive loss (Khosla et al. 2020, eq. 2); a ValueError (compiled: NaN) if no two labels agree."
     if y.shape != z.shape[:1]: raise ValueError(f"y must be ({len(z)},) to match z, got {tuple(y.shape)}")
     if not tau > 0: raise ValueError(f"tau={tau}: the temperature must be positive")
     z = F.normalize(z.float(), dim=1)
     self_ = torch.eye(len(z), dtype=torch.bool, device=z.device)
     sim = (z@z.T/tau).masked_fill(self_, -torch.inf)
-    logp = (sim-sim.logsumexp(1, keepdim=True)).masked_fill(self_, 0)
+    logp = (sim-sim.logsumexp(1, keepdim=True)).masked_fill(self_, 0)   # 0 times -inf would be NaN
     pos = (y[:,None]==y) & ~self_
     n = pos.sum(1)
     if not torch.compiler.is_compiling() and not n.any():
