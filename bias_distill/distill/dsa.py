@@ -115,7 +115,19 @@ def augment_classes(
     params=None,  # list of draws, one a class; None: no augmentation
 )->Tensor:        # (C, n, 3, h, w)
     "Images, each class augmented by its own draw."
-    return torch.stack([augment(to_float(o), d) for o,d in zip(x, params)]) if params else x
+    if not params: return x
+    if not x.is_cpu: return _by_operation(to_float(x), params)
+    return torch.stack([augment(to_float(o), d) for o,d in zip(x, params)])
+
+def _by_operation(x, params):
+    "What `augment_classes` gives: classes that drew the same operation go through it together."
+    n, rows, done = x.shape[1], x.unbind(), {}
+    for op in dict.fromkeys(d['op'] for d in params):
+        some = [k for k,d in enumerate(params) if d['op']==op]
+        numbers = {o: torch.cat([params[k][o].expand(n) for k in some]) for o in params[some[0]] if o!='op'}
+        out = augment(torch.cat([rows[k] for k in some]), dict(op=op) | numbers)
+        done |= zip(some, out.unflatten(0, (len(some), n)).unbind())
+    return torch.stack([done[k] for k in range(len(x))])
 
 # %% ../../nbs/distill/03_dsa.ipynb #39fa6b63
 def image_gradients(

@@ -375,7 +375,7 @@ def distiller_table(
 def beside_whole(
     page:Page, # that gets them
 )->Markdown:   # the last
-    "Add what our rules gain, with each distiller, on training with the whole set."
+    "Add what our rules gain on training with the whole set, a column a distiller that was run with the rule."
     return [_beside_whole(page, o) for o in RULES][-1]
 
 def _beside_whole(page, rule):
@@ -390,6 +390,7 @@ def _beside_whole(page, rule):
             return f'{a-b:+.1f}{mark(ours, whole)}, {standing(a, b, max(spread_of(ours), spread_of(whole)))}'
         return [cell(every()), *map(against, STRONGER.values())]
     table = DataFrame({f'`{d}`': line(d) for d in wanted(page, STRONG_SETS)}, ['the whole set', *STRONGER]).T
+    table = table[['the whole set', *(k for k in STRONGER if (table[k]!='–').any())]]
     return page.table(table, f"{WEIGHTINGS[rule].title.removesuffix(' (ours)')}: points above the whole set")
 
 # %% ../../nbs/results/06_page.ipynb #4ef0f424
