@@ -97,7 +97,8 @@ FAIR_METHODS = (('random','uniform'), ('kmeans','uniform'), ('kmeans','gap_draw'
 GEOMETRIC = 'crop_scale_rotate' # augmentation that touches no colour, and mirrors no digit
 VARIED = ( # settings, and which of these methods have lines with them as well
     (dict(init='kmeans'), (('dm','gap_draw'), ('dm','group_draw'), ('dm','fairdd'))),
-    (dict(eval_augment=GEOMETRIC), (('dm','group_draw'), ('dm','fairdd'))))
+    (dict(eval_augment=GEOMETRIC), (('dm','group_draw'), ('dm','fairdd'))),
+    (dict(init='kmeans', eval_augment=GEOMETRIC), (('dm','group_draw'), ('dm','fairdd'))))
 AMPLIFIERS = (('random','uniform'), ('dm','uniform'), ('dsa','uniform'), ('mtt','uniform'))
 PICTURED = (('dm','uniform'), ('dm','kde'), ('dsa','uniform'), ('dsa','kde'))
 FIRST = ('uniform','kde','kde_selecmix','dfa','lff','gap_draw','oracle') # by what a debiaser sees, beside others
