@@ -16,7 +16,7 @@ from bias_distill.experiment.params import read_params, runs_of
 from bias_distill.experiment.settings import Run, complete
 from bias_distill.weights.weighting import class_index, draw_initial, fixed, kde_draw, uniform
 from bias_distill.weights.kde import log_density, weights
-from bias_distill.networks.convnet import ConvNet
+from bias_distill.networks.convnet import ConvNet, network_for
 from bias_distill.weights.supcon import supcon, train_encoder
 from bias_distill.networks.training import train
 from bias_distill.results.rows import pivot
@@ -85,8 +85,8 @@ PARAMETERS = [
     (dict(seed=-1), ['seed=-1', 'from 0 to 2147483647']),
     (dict(seed=2**31), ['seed=2147483648', 'from 0 to 2147483647']),
     (dict(seed=True), ['seed=True', 'expected int, got bool']),
-    (dict(variance=0.), ['variance=0.0', 'above 0']),
-    (dict(variance=-1), ['variance=-1', 'above 0']),
+    (dict(variance=0.), ['variance=0.0', 'above 1e-30']),
+    (dict(variance=-1), ['variance=-1', 'above 1e-30']), (dict(variance=1e-40), ['variance=1e-40', 'above 1e-30']),
     (dict(variance=INF), ['variance=inf', 'finite']),
     (dict(tau=0), ['tau=0', 'above 0']),
     (dict(tau=NAN), ['tau=nan', 'finite']),
@@ -381,6 +381,8 @@ FUNCTIONS = {
     'log_density: NaN': (lambda: log_density(bad(Z, NAN), .1), ValueError, ['NaN or infinite']),
     'log_density: infinite': (lambda: log_density(bad(Z, -INF), .1), ValueError, ['NaN or infinite']),
     'log_density: variance 0': (lambda: log_density(Z, 0.), ValueError, ['variance=0.0', 'positive']),
+    'log_density: variance 1e-42': (lambda: log_density(Z, 1e-42), ValueError, ['variance=1e-42', 'above 1e-30']),
+    'network_for: not square': (lambda: network_for(X[...,:20], 8), ValueError, ['square', '28 x 20']),
     'log_density: variance NaN': (lambda: log_density(Z, NAN), ValueError, ['variance=nan', 'positive']),
     'kde_draw: NaN': (lambda: kde_draw(bad(Z, NAN), Y, .1), ValueError, ['NaN or infinite']),
     'weights: tau 0': (lambda: weights(Z, 0.), ValueError, ['tau=0.0', 'positive']),

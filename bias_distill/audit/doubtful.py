@@ -37,6 +37,7 @@ def near_pairs(
     rows:int=1024,  # compared with all at once
 )->Tensor:          # (pairs, 2) indices, the first below the second
     "Pairs whose hashes differ in few bits."
+    if not len(phash): return torch.zeros(0, 2, dtype=torch.long)
     b = _bits(phash)
     def block(at):
         i, j = (b[at:at+rows]@b[at:].T >= b.shape[1]-2*most).nonzero().T
@@ -65,10 +66,10 @@ def copies(
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
     n, blank = len(seen), (seen.spread < BLANK).to_numpy()
-    pairs = near_pairs(seen.phash, most)
-    pairs = pairs[alike(x, pairs) >= ALIKE].numpy()
-    i, j = pairs[~(blank[pairs[:,0]] | blank[pairs[:,1]])].T
     first = pd.Series(range(n)).groupby(seen.digest.to_numpy()).transform('first').to_numpy()
+    one = torch.from_numpy(np.flatnonzero((first==np.arange(n)) & ~blank)) # of the same bytes one is compared
+    pairs = one[near_pairs(seen.phash.iloc[one.numpy()], most)]
+    i, j = pairs[alike(x, pairs) >= ALIKE].numpy().T
     i, j = np.concatenate([i, np.arange(n)]), np.concatenate([j, first])
     group = connected_components(coo_matrix((np.ones(len(i)), (i, j)), (n, n)), directed=False)[1]
     return np.where(np.bincount(group)[group] > 1, group, -1)

@@ -7,7 +7,7 @@ __all__ = ['write_atomic', 'check_new', 'whole_folder', 'write_figure', 'write_t
            'locked', 'cache_dir', 'kept_dir', 'kept_path', 'sweep_parts', 'prune', 'kept']
 
 # %% ../../nbs/data/02_kept.ipynb #b3845e19
-import contextlib, errno, hashlib, io, json, math, os, re, shutil, stat, tempfile, time, warnings
+import contextlib, csv, errno, hashlib, io, json, math, os, re, shutil, stat, tempfile, time, warnings
 from pathlib import Path
 import torch
 from filelock import FileLock
@@ -23,7 +23,7 @@ def write_atomic(
     try: _write(Path(path), data)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = '. Make room there: the same command then goes on from what is kept'*full
+        way_out = '. Make room there and type the command again: it goes on from what was kept before. Not written'*full
         raise OSError(e.errno, f'{e.strerror}{way_out}', str(path)) from e
 
 def _write(path, data):
@@ -88,7 +88,10 @@ def write_table(
     table, # pandas DataFrame; its index is left out
 ):
     "A table as a CSV file, atomically: numbers to six digits."
-    write_atomic(path, table.to_csv(index=False, float_format='%.6g').encode('utf-8', 'surrogateescape'))
+    text = table.to_csv(index=False, float_format='%.6g')
+    if '\r' in text: # in a name, where it would end the line
+        text = table.to_csv(index=False, float_format='%.6g', quoting=csv.QUOTE_NONNUMERIC)
+    write_atomic(path, text.encode('utf-8', 'surrogateescape'))
 
 # %% ../../nbs/data/02_kept.ipynb #e7a22b54
 def digest(

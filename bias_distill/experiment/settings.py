@@ -91,7 +91,7 @@ class What(Base):
 # %% ../../nbs/experiment/02_settings.ipynb #09def6d1
 class Weighing(What):
     "How real images are weighted."
-    variance:float|None = setting('of the kernel of the density estimate', gt=0)
+    variance:float|None = setting('of the kernel of the density estimate', gt=1e-30)
     tau:float|None = setting('temperature of the weights', gt=0)
     rare:float|None = setting(
         'share of each class that counts as rare (kde_rare)',

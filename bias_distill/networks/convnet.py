@@ -173,6 +173,7 @@ def network_for(
     kind=None,      # what makes the network, called as `ConvNet` is; default: `ConvNet`
 )->Classifier:      # on the device of `x`
     "A network for images like `x`: their size, their channels' mean and standard deviation, their device."
+    if x.shape[-2]!=x.shape[-1]: raise ValueError(f"images must be square, got {x.shape[-2]} x {x.shape[-1]} pixels")
     mean, std = channel_stats(x)
     net = (kind or ConvNet)(classes, x.shape[-1], width, members=members, mean=mean, std=std)
     return net.to(x.device, memory_format=torch.channels_last)

@@ -6,7 +6,7 @@
 __all__ = ['SETTINGS', 'PARAMETERS', 'BY_GROUP', 'tidy', 'page_parameters', 'check_writable', 'small_copy', 'missing', 'made_on',
            'Page', 'ratio_table', 'ratio_figure', 'face_tables', 'face_figure', 'wanted', 'fair_tables',
            'fair_verdicts', 'labels_table', 'labels_figure', 'same_images', 'in_paper', 'judge_table', 'peers_table',
-           'distiller_table', 'beside_whole', 'write_tile', 'keep_tile']
+           'distiller_table', 'beside_whole']
 
 # %% ../../nbs/results/06_page.ipynb #c40a3ae3
 import io
@@ -15,15 +15,12 @@ import matplotlib.pyplot as plt, PIL.Image
 from IPython.display import Image, Markdown
 from fastcore.basics import patch
 from pandas import DataFrame, MultiIndex, Series, concat
-from safetensors.torch import load_file
 from ..data.kept import write_atomic, write_figure
 from ..data.names import lookup, unknown
-from ..distill.factor import unpack
 from ..experiment.params import plain_values
 from ..experiment.settings import PROFILES
 from ..experiment.store import command
 from ..experiment.tables import DATASETS, WEIGHTINGS
-from ..experiment.watch import read_row
 from . import figures
 from .claims import RULES, beside_fairdd, standing
 from bias_distill.results.rows import (
@@ -392,30 +389,3 @@ def _beside_whole(page, rule):
     table = DataFrame({f'`{d}`': line(d) for d in wanted(page, STRONG_SETS)}, ['the whole set', *STRONGER]).T
     table = table[['the whole set', *(k for k in STRONGER if (table[k]!='–').any())]]
     return page.table(table, f"{WEIGHTINGS[rule].title.removesuffix(' (ours)')}: points above the whole set")
-
-# %% ../../nbs/results/06_page.ipynb #4ef0f424
-def write_tile(
-    path,     # of the PNG file
-    x,        # images (classes, ipc, 3, h, w), 0 to 1
-    n:int=10, # at most so many of each class
-):
-    "Images as one PNG, a class a row."
-    x = x[:,:n].clamp(0,1)
-    k, m, _, h, w = x.shape
-    pixels = (x.permute(0,3,1,4,2).reshape(k*h, m*w, 3)*255).round().byte().cpu().numpy()
-    f = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(f, 'png', optimize=True)
-    write_atomic(path, f.getvalue())
-
-def keep_tile(
-    name:str, # of a cell
-    rows,     # folder of the rows that are kept
-    runs,     # `out_dir` of the job that made the row
-    tiles,    # folder that gets the picture
-):
-    "Keep the images of a cell as a tile. A FileNotFoundError where they are gone."
-    row = read_row(Path(rows)/f'{name}.json')
-    file = Path(runs)/f"{row['key']}.safetensors"
-    if not file.exists(): raise FileNotFoundError(f'{file} is not there: expected the images of {name}')
-    x = load_file(file)['x'].unflatten(0, (-1, row['ipc']))
-    write_tile(Path(tiles)/f'{name}.png', unpack(x, row.get('factor') or 1))

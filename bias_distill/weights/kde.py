@@ -18,7 +18,8 @@ def log_density(
     finite:bool=False, # True: `z` is known to be finite, so the check is skipped (it makes a GPU wait)
 )->Tensor:           # (..., n)
     "Log of the kernel density estimate at the samples themselves; a ValueError for embeddings that are not finite."
-    if not variance > 0: raise ValueError(f"variance={variance}: the kernel's variance must be positive")
+    if not variance > 1e-30: # float32 cannot hold one over less
+        raise ValueError(f"variance={variance}: the kernel's variance must be positive, above 1e-30")
     if not (finite or z.isfinite().all()):
         raise ValueError("embeddings hold NaN or infinite values: was the encoder trained?")
     z, n = z.float(), z.shape[-2]

@@ -86,7 +86,7 @@ def plot_embedding(
     from sklearn.decomposition import PCA
     ax = ax or plt.subplots(figsize=(4,3))[1]
     i = (y==k).nonzero()[:,0][:most].cpu()
-    p = PCA(2, svd_solver='full').fit_transform(z.cpu()[i].numpy())
+    p = PCA(2, svd_solver='full').fit_transform(z.cpu()[i].numpy()) if len(i) > 1 else torch.zeros(len(i), 2).numpy()
     if b is None: ax.scatter(*p.T, s=12, c='#888')
     else: _scatter(ax, p, b.cpu()[i].view(len(i), -1), torch.tensor(k) if usual is None else usual.cpu()[k], colours)
     ax.axis('off')
