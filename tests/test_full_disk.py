@@ -32,7 +32,7 @@ def test_full_disk_at_every_file(kind, tmp_path, monkeypatch):
             except (OSError, ValueError) as e: said = str(e)
             else: break
         fails += 1
-        for o in ('No space left', str(tmp_path/'full'), 'same command then goes on'): assert o in said, said
+        for o in ('No space left', str(tmp_path/'full'), 'type the command again'): assert o in said, said
         assert not [p for p in tmp_path.glob('full/**/.*') if not p.name.endswith('.lock')]
     assert fails > 4, said # at a trial, a stage, the distillation, the images or their picture, the row
     assert row['accuracy']==whole['accuracy'] and images(tmp_path/'full')==images(tmp_path/'whole')

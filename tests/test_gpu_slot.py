@@ -15,7 +15,7 @@ def machine(tmp_path):
     def made(lines, **more):
         (tmp_path/'bin').mkdir(exist_ok=True)
         smi = tmp_path/'bin/nvidia-smi'
-        smi.write_text('#!/bin/sh\n' + (f"cat <<'END'\n" + '\n'.join(lines) + '\nEND\n' if lines else 'exit 9\n'))
+        smi.write_text('#!/bin/sh\n' + ("cat <<'END'\n" + '\n'.join(lines) + '\nEND\n' if lines else 'exit 9\n'))
         smi.chmod(0o755)
         (tmp_path/'tmp').mkdir(exist_ok=True)
         clean = {k: v for k,v in os.environ.items() if k not in ('CUDA_VISIBLE_DEVICES','N_GPUS','SLURM_JOB_ID','GPU_JOBS')}

@@ -1,7 +1,7 @@
 "Folders as people have them: each is read as they mean it, or refused with the way out. What is made of theirs has its name."
 import io, os, struct, subprocess, sys, warnings, zipfile, zlib
 from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pytest, torch
 from conftest import LIMIT
 from PIL import Image
 from bias_distill.data.files import decode
@@ -10,8 +10,7 @@ from bias_distill.data.listing import SUFFIXES
 from bias_distill.data.names import for_figure, for_markdown
 from bias_distill.experiment.params import read_params
 from bias_distill.experiment.settings import complete
-from bias_distill.experiment.tables import load
-from test_datasets import everything, own, own_cache, picture, put, tar  # own_cache is a fixture
+from test_datasets import everything, own, own_cache, picture, put  # own_cache is a fixture
 from test_run import job
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ from bias_distill.distill import pool as room
 from bias_distill.distill.dm import dm
 from bias_distill.distill.images import start
 from bias_distill.distill.mtt import snapshot, train_experts
-from bias_distill.distill.pool import METRICS, Matcher, blend, calibration_loss, ecf, ecf_distance, match_loss, pool
+from bias_distill.distill.pool import METRICS, blend, calibration_loss, ecf, ecf_distance, match_loss, pool
 from bias_distill.experiment import experiment
 from bias_distill.experiment.experiment import Experiment, stages
 from bias_distill.experiment.forecast import outline

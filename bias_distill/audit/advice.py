@@ -82,7 +82,7 @@ def audit_table(
 # %% ../../nbs/audit/07_advice.ipynb #828d3d42
 SNIPPET = """import pandas as pd, torch
 from torch.utils.data import DataLoader, WeightedRandomSampler
-w = pd.read_csv({file!r}).set_index('path').weight
+w = pd.read_csv({file!r}, encoding_errors='surrogateescape').set_index('path').weight
 # dataset: torchvision's ImageFolder of {folder!r}, or of its train/
 inside = [path.replace('\\\\', '/')[len({folder!r}.rstrip('/'))+1:] for path, _ in dataset.samples]
 sampler = WeightedRandomSampler(w.reindex(inside).fillna(0).tolist(), len(w))

@@ -14,8 +14,7 @@ from torch import Tensor
 from .properties import Tells
 from ..data.names import for_figure
 from ..weights.choice import otsu
-from ..weights.kde import class_density
-from ..weights.supcon import encode, train_encoder
+from ..weights.supcon import train_encoder
 
 # %% ../../nbs/audit/05_verdict.ipynb #f749f581
 STEPS, WIDTH, VARIANCE = 25, 16, .1 # of the encoder: steps, channels; of the kernel of the density
@@ -156,10 +155,11 @@ def plot_verdict(
     "The scores of a class, the cut, and the single hill that is nearest."
     ax = ax or plt.subplots(figsize=(4,2), layout='constrained')[1]
     s = score[y==k].double().numpy()
-    brush, at = one_hill(s), np.linspace(s.min(), s.max(), 200)
-    hill = np.exp(-.5*((at[:,None]-s)/brush)**2).mean(1)/brush/(2*np.pi)**.5
     ax.hist(s, 40, density=True, color='#8fb8de')
-    ax.plot(at, hill, color='#e07b39', label='nearest single hill')
+    if s.std() > 0:
+        brush, at = one_hill(s), np.linspace(s.min(), s.max(), 200)
+        hill = np.exp(-.5*((at[:,None]-s)/brush)**2).mean(1)/brush/(2*np.pi)**.5
+        ax.plot(at, hill, color='#e07b39', label='nearest single hill')
     ax.axvline(apart(score[y==k])[1], color='#444', ls=':', label='cut')
     ax.set(xlabel='score', yticks=[], title=for_figure(name))
     ax.spines[['top','right','left']].set_visible(False)

@@ -9,7 +9,6 @@ __all__ = ['read_attributes', 'celeba']
 import functools, os
 from pathlib import Path
 import pandas as pd, torch
-from torch import Tensor
 from .faces import check_faces, find_faces
 from .files import asked, decode, recipe, source_digest, with_progress
 from .kept import kept

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 from .files import asked, built, download as fetch, offline
-from .idx import MNIST_FILES, missing_idx, read_four
+from .idx import missing_idx, read_four
 from .kept import cache_dir
 from .names import check_share, check_split, lookup, seeded
 from .split import BiasedDataset, Split, assign_bias, hold_out

@@ -131,7 +131,7 @@ def _check_picture(im, most):
         f"{im.width:,} x {im.height:,} pixels are {size:,.0f} megapixels, the limit is {most:g}: "
         f"raise it by BIAS_DISTILL_MEGAPIXELS={math.ceil(size)}, or shrink the picture")
     if im.mode == 'F': raise _Refused(
-        f"its pixels are floating-point numbers of unknown range: save it with 8 or 16 bits a channel")
+        "its pixels are floating-point numbers of unknown range: save it with 8 or 16 bits a channel")
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, MemoryError, LookupError, ArithmeticError, TypeError,
            struct.error)

@@ -6,7 +6,7 @@
 __all__ = ['Found', 'find', 'folder', 'raw_files']
 
 # %% ../../nbs/data/14_folder.ipynb #0a25409f
-import hashlib, json, os, warnings
+import hashlib, json, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch

@@ -12,7 +12,6 @@ import torch
 from fastcore.basics import patch
 from ..data.kept import load_tensors, locked, save_tensors
 from ..data.names import seeded
-from ..data.split import Split
 from ..distill.factor import check_factor, held, opening, unpack
 from ..distill.images import apart, joined, labelled, settle, start
 from ..distill.mtt import Trajectories, train_experts

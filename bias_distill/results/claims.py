@@ -9,7 +9,7 @@ __all__ = ['NEAR', 'FAR', 'ALIKE', 'RULES', 'REPAINTED', 'BESIDE', 'verdict', 'n
 
 # %% ../../nbs/results/02_claims.ipynb #14c2a0d4
 from pandas import DataFrame, concat, isna
-from ..experiment.tables import DATASETS, DISTILLERS, WEIGHTINGS, method
+from ..experiment.tables import DATASETS, DISTILLERS, method
 from .rows import FAIRNESS, averages, cell, grid, mean_of, published, spread_of, where
 
 # %% ../../nbs/results/02_claims.ipynb #1f8c5253

@@ -51,6 +51,8 @@ def train_encoder(
     "A SupCon encoder of the biased set, trained without bias labels; a ValueError for settings that are not above 0."
     check_training_set(x, y)
     check_positive(steps=steps, tau=tau, lr=lr, batch=batch, width=width, dim=dim)
+    if y.bincount().max() < 2:
+        raise ValueError(f'{len(y)} images, no two of one class: the loss pulls those of a class together')
     net = ConvNet(dim, x.shape[-1], width).reset(seeded(seed, 'encoder'))
     net = net.to(x.device, memory_format=torch.channels_last)
     def loss(net, x, y): return supcon(net(x), y, tau)

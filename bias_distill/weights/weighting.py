@@ -201,7 +201,7 @@ def class_index(
         raise ValueError(f"labels from {y.min()} to {y.max()}: expected 0 to {classes-1}")
     index = [(y==k).nonzero()[:,0] for k in range(classes)]
     for k,i in enumerate(index):
-        if not len(i): raise ValueError(f"class {k} has no image: all of the {classes} classes need some")
+        if not len(i): raise ValueError(f"class {k} has no image: all of the {classes} classes need some (`classes`)")
     return index
 
 def draws_of(
