@@ -25,8 +25,12 @@ def pytest_runtest_setup(item):
     else: os.environ['BIAS_DISTILL_EAGER'] = '1'
     if fast := sys.modules.get('bias_distill.networks.fast'): fast.can_compile.cache_clear()
 
+LONG = ('test_run','test_house','test_sweep','test_bad_input')   # their tests take minutes, alone or as a group
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "Tests that share something costly go to one worker: said before xdist looks. (With pytest 9.2 xdist 3.8 finds no groups.)"
+    """Tests that share something costly go to one worker: said before xdist looks. (With pytest 9.2 xdist 3.8 finds no groups.)
+    The longest go first, so that no worker waits at the end for another."""
+    items.sort(key=lambda o: LONG.index(o.path.stem) if o.path.stem in LONG else len(LONG))
     for o in items:
         if SHARED & {*o.fixturenames}: o.add_marker(pytest.mark.xdist_group(o.path.stem))
