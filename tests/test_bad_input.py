@@ -372,7 +372,7 @@ FUNCTIONS = {
     'encoder: NaN image': (lambda: encoder(bad(X/255, NAN)), ValueError, ['1 pixel values', 'NaN or infinite']),
     'encoder: nothing': (lambda: encoder(X[:0], Y[:0]), ValueError, ['no images']),
     'encoder: too few labels': (lambda: encoder(y=Y[:4]), ValueError, ['6 images but 4 labels']),
-    'encoder: all labels differ': (lambda: encoder(y=torch.arange(6)), ValueError, ['no positive pair']),
+    'encoder: all labels differ': (lambda: encoder(y=torch.arange(6)), ValueError, ['no two of one class']),
     'encoder: tau 0': (lambda: encoder(tau=0.), ValueError, ['tau=0.0', 'above 0']),
     'encoder: seed .5': (lambda: encoder(seed=.5), TypeError, ['ints and strs', '0.5', 'float']),
     'supcon: too few labels': (lambda: supcon(Z, Y[:3]), ValueError, ['y must be (6,)', 'got (3,)']),

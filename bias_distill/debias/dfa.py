@@ -200,6 +200,7 @@ def dfa(
     loss = Loss(net, y, classes, dis, swap, align)
     _fit(net, loss, batches(x, batch, augment, seed), steps, lr, swap_from, compiled(net.embed, compile), progress)
     net.difficulty = relative_difficulty(loss.d, loss.b, y, classes)   # (members, n), of the training images
+    net.difficulty[:,~loss.seen] = .5   # too few steps to visit them
     return net.eval()
 
 # %% ../../nbs/debias/02_dfa.ipynb #63edfb51

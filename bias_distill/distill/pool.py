@@ -170,10 +170,11 @@ def _check_pool(metric, calibration):
     raise ValueError(f"calibration={calibration}: expected a weight of at least 0")
 
 # %% ../../nbs/distill/07_pool.ipynb #885d032f
-def _alike(weightings):
-    "Lists of the weightings that draw and weigh alike, and whose pools were trained alike."
+def _alike(weightings, trajectories):
+    "Lists of the weightings that draw and weigh alike, and whose pools are the same."
     groups = {}
-    for w in weightings: groups.setdefault((id(w.p), id(w.in_batch)), []).append(w)
+    def kept(shots): return tuple(id(o) if isinstance(o, dict) else str(o) for o in trajectories_of(shots).crowds)
+    for w in weightings: groups.setdefault((id(w.p), id(w.in_batch), kept(trajectories[w.name])), []).append(w)
     return list(groups.values())
 
 def _member(shots, l, seed, t):
@@ -223,7 +224,7 @@ def pool(
 ):                        # a generator of states
     "Distribution matching on a pool of partly trained networks (DANCE 2024, NCFM 2025) with weights, step by step."
     m = Matcher(split.x, width, classes, _check_pool(metric, calibration), compile)
-    scale, groups, ways = m.net.std.pow(2), _alike(weightings), draws_of(weightings)
+    scale, groups, ways = m.net.std.pow(2), _alike(weightings, trajectories), draws_of(weightings)
     pools, ways = [trajectories_of(trajectories[w.name]) for w,*_ in groups], [ways[id(w.p)] for w,*_ in groups]
     index, most = class_index(split.y.cpu(), classes), 512 if split.x.is_cuda else 64
     draws = _draws((m.metric.frequencies, m.net.features), index, ways, batch, most, pools, strategy,

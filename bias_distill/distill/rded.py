@@ -112,7 +112,7 @@ def pools(
     generator,     # says which
 )->list:           # of each class indices, at least `m`
     "Of each class the different images of a draw; where those are fewer than `m`, all that was drawn."
-    drawn = draw_batch(index, max(m, min(POOL, *map(len, index))), p, generator=generator)
+    drawn = draw_batch(index, max(m, min(POOL, max(map(len, index)))), p, generator=generator)
     def different(i): return each if len(each := i.unique()) >= m else i
     return [different(i) for i in drawn]
 

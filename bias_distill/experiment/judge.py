@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from ..data.names import seeded
 from ..data.split import Split
-from .tables import DEBIASERS, NETWORKS
+from .tables import DEBIASERS, DISTILLERS, NETWORKS
 from ..networks.augment import augment, draw, parse
 from ..networks.convnet import network_for
 from ..networks.device import memory
@@ -105,10 +105,10 @@ def held_out(
     seed:int,    # says which
     n:int=2000,  # at most, of all classes together
 )->Tensor:       # (k,) indices
-    "Training images to look at while training: at most a tenth of each class, and one at least."
+    "Training images to look at while training: a tenth of each class at most, or one; none where a class has one."
     index = class_index(data.y, classes)
     def some(k, i): return draw_batch([i], max(1, min(n//classes, len(i)//10)), generator=seeded(seed,'held out',k))[0]
-    return torch.cat([some(k, i) for k,i in enumerate(index)])
+    return torch.cat([some(k, i) for k,i in enumerate(index) if len(i) > 1])
 
 # %% ../../nbs/experiment/06_judge.ipynb #46d617d0
 def without(
@@ -150,7 +150,7 @@ def judge_debiased(
 )->dict:        # as `by_group`, and the same at each network's best step
     "Accuracy by group of networks trained with the run's debiaser."
     i = held_out(data, classes, run.seed)
-    if len(x)==len(data): x, y = without(x, y, i)
+    if DISTILLERS[run.distiller].whole: x, y = without(x, y, i)
     parts = crowds(run, data.x, classes)
     def of(k, numbers):
         steps = told(progress, k, len(parts), run.debias_steps)

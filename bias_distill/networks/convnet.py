@@ -158,15 +158,15 @@ class ConvNet(Classifier):
 
 # %% ../../nbs/networks/01_convnet.ipynb #c6fdb187
 def channel_stats(
-    x:Tensor, # (n, 3, h, w) uint8 images
+    x:Tensor, # (n, 3, h, w) images, uint8 or 0 to 1
 )->tuple:     # two tensors (3,), on the CPU
     "Mean and standard deviation (at least .001) of each channel, in image range."
-    f = x[:: max(1, len(x)//5000)].float()/255
+    f = to_float(x[:: max(1, len(x)//5000)])
     return f.mean((0,2,3)).cpu(), f.std((0,2,3)).clamp(min=1e-3).cpu()
 
 # %% ../../nbs/networks/01_convnet.ipynb #d2882c57
 def network_for(
-    x:Tensor,       # (n, 3, h, w) uint8 images, on the device to work on
+    x:Tensor,       # (n, 3, h, w) images, uint8 or 0 to 1, on the device to work on
     width:int,      # channels of every block
     classes:int=1,  # outputs of the linear layer
     members:int=1,  # networks side by side

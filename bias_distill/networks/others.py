@@ -60,7 +60,7 @@ def redraw_as(
 ):
     "Draw a network anew; PyTorch's own random state is left as it was."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch.randint(2**62, (), generator=generator).item())
+        torch.default_generator.manual_seed(torch.randint(2**62, (), generator=generator).item()) # not a GPU's
         net.load_state_dict(make().state_dict())
 
 # %% ../../nbs/networks/03_others.ipynb #044ea029

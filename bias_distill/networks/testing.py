@@ -45,6 +45,7 @@ def patterns(
 )->dict:         # name -> (n,) bool, which images have it
     "Every pattern of going with or against each of several biases."
     kinds = kinds or [f'bias {k+1}' for k in range(split.b.shape[1])]
+    if len(kinds) != split.b.shape[1]: raise ValueError(f'kinds={kinds}: expected {split.b.shape[1]}, one a bias')
     every = itertools.product((False,True), repeat=len(kinds))
     return {_pattern(p, kinds): (split.against==torch.tensor(p, device=split.y.device)).all(1) for p in every}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from ..data.names import seeded
 from ..networks.testing import copied_state
-from .guess import SHARE, TRUSTED, agreement, drawn_alike, guessed_groups
+from .guess import SHARE, TRUSTED, agreement, drawn_alike, evened, guessed_groups
 from .kde import class_density
 from .supcon import encode, train_encoder
 from .weighting import Weighting, fixed, kde
@@ -25,7 +25,7 @@ def otsu(
     "The cut of a distribution in two that leaves the least variance within the parts (Otsu 1979)."
     o = score.cpu().double().sort().values
     n = len(o)
-    if n < 2 or o[0]==o[-1]: return o[-1].item(), 0.
+    if n < 3 or o[-1]-o[0] <= 1e-5*max(1, o.abs().max()): return o[-1].item(), 0. # rounding leaves that much
     k, below = torch.arange(1, n), o.cumsum(0)
     between = k*(n-k)*(below[:-1]/k-(below[-1]-below[:-1])/(n-k))**2
     j = int(between.masked_fill(o[1:]==o[:-1], -1).argmax())
@@ -39,7 +39,7 @@ def bimodality(
     o = score.cpu().double()
     o = o-o.mean()
     v = o.pow(2).mean()
-    if v==0: return 0.
+    if len(o) < 4 or v <= 1e-10: return 0. # of three different values it is 2/3 or more, whatever they are
     return ((o.pow(3).mean()**2/v**3+1)/(o.pow(4).mean()/v**2)).item()
 
 # %% ../../nbs/weights/08_choice.ipynb #a1219a40
@@ -151,7 +151,7 @@ def group_draw(
     y:Tensor,  # (n,) integer labels
 )->Weighting:
     "Every group of label and guess is drawn alike, after the gap said who may be rare; `gap_draw` if the guess fails."
-    embedding, logp = z
+    embedding, logp = z[0], evened(z[1], y)
     by_gap, score, about = gap_weights(embedding, y)
     agrees = agreement(logp, y)
     beyond = torch.zeros_like(score)

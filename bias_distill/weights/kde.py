@@ -12,7 +12,7 @@ from torch import Tensor
 
 # %% ../../nbs/weights/02_kde.ipynb #9a72e333
 def log_density(
-    z:Tensor,        # (..., n, d) embeddings
+    z:Tensor,        # (..., n, d) embeddings of length about 1 (rounding: 1e-7 length^2/variance)
     variance:float,  # of the Gaussian kernel, in squared units of z, above 0
     rows:int=None,   # rows at once; default: as many as keep the block at 4 MB (a GPU: 256 MB)
     finite:bool=False, # True: `z` is known to be finite, so the check is skipped (it makes a GPU wait)

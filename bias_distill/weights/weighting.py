@@ -24,6 +24,10 @@ class Weighting:
     in_batch:object=None  # function of indices (classes, B) to weights (classes, B), mean one; None: ones
     about:dict=None       # what was chosen on the way, for the row
 
+    def __post_init__(self):
+        if self.p is None or bool((self.p.isfinite() & (self.p>=0)).all()): return
+        raise ValueError(f'the probabilities of {self.name!r} must be finite and at least 0')
+
 # %% ../../nbs/weights/03_weighting.ipynb #fbce39af
 def uniform(
     z=None,   # not looked at
@@ -157,8 +161,11 @@ def fairdd(
 )->Weighting:
     "Every bias group in a batch weighs the same (FairDD, NeurIPS 2025). USES BIAS LABELS: a ceiling, not a method."
     group = _groups(y, b)
+    groups = int(group.max())+1
     def in_batch(i):
-        w = 1/(group[i][:,:,None]==group[i][:,None]).sum(-1)
+        own = group[i]
+        images = torch.zeros(len(i), groups, device=own.device).scatter_add_(1, own, torch.ones_like(own).float())
+        w = 1/images.gather(1, own)
         return w/w.mean(-1, keepdim=True)
     return Weighting('fairdd', group_weights(y, b), in_batch=in_batch)
 
@@ -227,6 +234,7 @@ def draw_batch(
 
 def _redraw(at, p, generator):
     "An even draw turned into one by relative probability `p`, which keeps what it can."
+    if not p.sum() > 0: raise ValueError('no image of a class can be drawn: all have probability 0')
     w = p/p.mean()
     lost = torch.rand(len(at), dtype=w.dtype, generator=generator) >= w[at]
     if lost.any(): at[lost] = torch.multinomial((w-1).clamp(min=0), int(lost.sum()), True, generator=generator)
