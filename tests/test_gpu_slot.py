@@ -53,7 +53,8 @@ def test_each_job_gets_one_of_its_own(machine, tmp_path, lines, want):
     let_go(go, jobs)
     assert seen == want and waiting and late.communicate(timeout=LIMIT)[0].strip() in want
 
-@pytest.mark.parametrize('preset,want', [('3', ['<3>']), ('GPU-ccc', ['<GPU-ccc>']), ('5,MIG-a1', ['<5>','<MIG-a1>'])])
+@pytest.mark.parametrize('preset,want', [('3', ['<3>']), ('GPU-ccc', ['<GPU-ccc>']), ('5,MIG-a1', ['<5>','<MIG-a1>']),
+    ('GPU-1b-1c,MIG-1a', ['<GPU-1b-1c>','<MIG-1a>']), ('3,-1,4', ['<3>'])])
 def test_what_is_preset_is_kept(machine, tmp_path, preset, want):
     seen, go, jobs = held(machine(TWO, CUDA_VISIBLE_DEVICES=preset), tmp_path, len(want))
     let_go(go, jobs)

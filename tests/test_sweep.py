@@ -140,6 +140,17 @@ def test_rows_side_by_side(copy):
     assert [o['beside'] for o in rows] == [['kde'],['uniform'],[]] and len(list((copy/'smoke/runs/stages').glob('supcon-*'))) == 1
     (copy/wanted[0]).unlink(); assert asked(snakemake('-n','-p', *smoke, '--', *wanted, cwd=copy)) == [[cell_name(runs[0])]]
 
+def test_a_row_that_fails_takes_no_other_away(copy):
+    "A job that made one of its two rows, and then failed, keeps that one; the next call wants the other."
+    smoke, runs = ('--workflow-profile','profiles/smoke'), [complete(profile='smoke', conflict=.05, ipc=1, weighting=w) for w in ('uniform','kde')]
+    wanted, slot, two = [f'smoke/rows/{cell_name(r)}.json' for r in runs], (copy/'gpu_slot').read_text(), cell_name(runs[1])
+    (copy/'row.json').write_text(json.dumps(dict(runs[0]) | dict(key='row', accuracy=[9.], seconds=dict(distill=1., evaluate=1.))))
+    (copy/'gpu_slot').write_text(f'#!/bin/sh\nmkdir -p smoke/rows; cp row.json {wanted[0]}; exit 1\n')
+    snakemake(*smoke, '--', *wanted, cwd=copy, ok=False)
+    assert (copy/wanted[0]).exists() and not (copy/wanted[1]).exists()
+    (copy/'gpu_slot').write_text(slot)
+    assert asked(snakemake('-n','-p', *smoke, '--', *wanted, cwd=copy)) == [[two]]
+
 def test_text_from_config_reaches_the_job_as_it_is(copy):
     "No shell reads it: what a shell would make of the printed line is the path itself."
     where = '''/x'$(touch pwned)'y/Bob's data/{a}/a $b `c` "d"/a;b|c & d'''

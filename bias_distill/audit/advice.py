@@ -161,7 +161,10 @@ def read_labels(
                                              f"bias, found no table ({str(e).splitlines()[0]})") from e
     if not {'path','bias'} <= set(t.columns):
         raise ValueError(f"labels={str(file)!r}: expected the columns path and bias, found {', '.join(t.columns)}")
-    t = t.drop_duplicates('path').set_index('path').bias
+    t = t[['path','bias']].drop_duplicates()
+    bad = t[t.path.duplicated() | (t.bias=='')]
+    if len(bad): raise ValueError(f"labels={str(file)!r}: {bad.path.iloc[0]} has no bias, or two; expected one")
+    t = t.set_index('path').bias
     gone = [o for o in paths if o not in t.index]
     named = f'it names paths such as {t.index[0]}' if len(t) else 'it has no lines'
     if gone: raise ValueError(f"labels={str(file)!r}: {len(gone):,} of {len(paths):,} images are not in it, "
@@ -183,7 +186,7 @@ def marked(
         hit = (o.against & o.conflicting).sum()
         auroc = roc_auc_score(o.conflicting, o.score) if 0 < o.conflicting.sum() < len(o) else np.nan
         return dict(usual=usual[name], conflicting=o.conflicting.sum(), auroc=auroc,
-                    recall=hit/max(1, o.conflicting.sum()), precision=hit/(o.against.sum() or np.nan))
+                    recall=hit/(o.conflicting.sum() or np.nan), precision=hit/(o.against.sum() or np.nan))
     marks = pd.DataFrame({k: row(k, o) for k,o in t.groupby('class')}).T
     what = dict(images=('path','size'), against=('against','mean'), weight=('weight','mean'))
     return marks, t.groupby(['class','bias']).agg(**what)

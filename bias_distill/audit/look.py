@@ -10,7 +10,7 @@ import io, warnings
 from dataclasses import dataclass
 import pandas as pd, torch
 from PIL import Image
-from ..data.files import picture, rgb, traits
+from ..data.files import picture, rgb, traits, upright
 from ..data.split import BiasedDataset, Split
 
 # %% ../../nbs/audit/01_look.ipynb #2136fa9c
@@ -47,6 +47,7 @@ def look(
         warnings.simplefilter('ignore') # of a broken note
         header = Image.open(io.BytesIO(raw)) # stays open: its notes are read later
         im.draft('RGB', (SMALL, SMALL))
+        upright(im)
         small = rgb(im, bits)
     small.thumbnail((SMALL, SMALL), Image.Resampling.BOX)
     return Look(raw, header, small)

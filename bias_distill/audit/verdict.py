@@ -106,8 +106,8 @@ def _by_property(tells, name, k):
     return list(t[t >= SIMPLE].sort_values(ascending=False, kind='stable').index)
 
 def _ranks(score):
-    "For each the share of the others with a lower score."
-    return (score.argsort(stable=True).argsort().float()/max(1, len(score)-1))
+    "For each the share of the others with a lower score; copies share theirs, up to rounding."
+    return torch.searchsorted(score.sort().values, score-1e-5).float()/max(1, len(score)-1)
 
 # %% ../../nbs/audit/05_verdict.ipynb #57f728b5
 def _of_class(score, tells, names, k, i, seed):

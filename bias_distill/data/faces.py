@@ -12,7 +12,7 @@ import collections, functools, hashlib, os, re
 from pathlib import Path, PurePosixPath
 import numpy as np, torch
 from torch import Tensor
-from .files import built, decode, entries, resolve, source_digest, with_progress
+from .files import built, decode, entries, made_by, resolve, source_digest, with_progress
 from .kept import kept
 from .names import check_share, check_split, seeded
 from .split import BiasedDataset, Split
@@ -181,7 +181,7 @@ def deal(
 # %% ../../nbs/data/10_faces.ipynb #a2dd87ef
 def _utk_set(path, digest, conflict, seed, split, size, n, per_group):
     "A biased set from the faces of UTKFace; `{how}` in its source stands for how the archive was found."
-    tensors,texts = kept(f'utkface-{size}-{digest}', lambda: utk_faces(path, size))
+    tensors,texts = kept(f'utkface-{size}-{made_by(utk_faces)}-{digest}', lambda: utk_faces(path, size))
     x,y,b = (tensors[o] for o in 'xyb')
     parts = deal(y, b, conflict, n, per_group, split, functools.partial(seeded, seed, 'utkface'))
     train,judge = (Split(x[o], y[o], b[o]) for o in parts)
@@ -280,7 +280,7 @@ def bffhq(
     check_faces(size, split, seed)
     root,pct,how = _bffhq_root(conflict, data_dir)
     digest = source_digest(*(root/o for o in (pct,'valid','test')))
-    t,_ = kept(f'bffhq-{pct}-{size}-{digest}', lambda: _bffhq_faces(root, pct, size))
+    t,_ = kept(f'bffhq-{pct}-{size}-{made_by(_bffhq_faces)}-{digest}', lambda: _bffhq_faces(root, pct, size))
     train,judge = ((t['part'] == BFFHQ_PARTS.index(o)).nonzero()[:,0] for o in ('train',split))
     train = train[torch.randperm(len(train), generator=seeded(seed, 'bffhq', 'order'))]
     train,judge = (Split(t['x'][i], t['y'][i], t['b'][i]) for i in (train, judge))

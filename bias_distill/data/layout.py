@@ -126,8 +126,8 @@ def _merged(top, data, pct):
     biases = data.biases or map(str, data.classes)
     mine,there = dict(classes=list(data.classes), biases=list(biases), kinds=list(data.kinds)),_names(top)
     if data.train.usual is not None: mine['usual'] = data.train.usual.tolist()
-    for k,o in mine.items():
-        old = there.get(k, o)
+    for k,o in (mine | dict(usual=mine.get('usual'))).items():
+        old = there.get(k) if there else o
         if old != o: raise FileExistsError(f"{top} {_OTHER}: its {k} are {', '.join(map(str, old))}, "
                                            f"here {', '.join(map(str, o))}. Name another root")
     return mine | dict(sources=there.get('sources', {}) | {pct: data.source})

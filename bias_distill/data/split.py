@@ -82,9 +82,9 @@ class BiasedDataset:
         tables = [o.usual for o in (self.train, self.test) if o.b is not None]
         if len({None if o is None else tuple(o.flatten().tolist()) for o in tables}) > 1:
             raise ValueError(f"{self.name}: train and test must agree on what a class usually carries, got {tables}")
-        if self.train.b is None: return
-        biases = 1 if self.train.b.ndim==1 else self.train.b.shape[1]
-        if len(self.kinds) != biases: raise ValueError(f'{self.name}: kinds={self.kinds}: expected {biases}')
+        several = self.train.b is not None and self.train.b.ndim==2
+        if several and len(self.kinds) != self.train.b.shape[1]:
+            raise ValueError(f'{self.name}: kinds={self.kinds}: expected {self.train.b.shape[1]}, one a bias')
     def __repr__(self): return f"{self.name}: train {self.train}, test {self.test}; {self.source}"
     @functools.cached_property
     def fingerprint(self)->str: # 16 hexadecimal digits

@@ -10,7 +10,7 @@ import bisect, functools
 from pathlib import Path
 import torch
 from .faces import check_faces, find_faces, utk_faces, utk_fields
-from .files import built, recipe, source_digest
+from .files import built, made_by, recipe, source_digest
 from .kept import kept
 from .names import seeded
 from .split import BiasedDataset, Split, even_groups, majority
@@ -52,7 +52,7 @@ def _check_race(conflict, size, split, seed):
 def _race_set(path, digest, seed, split, size, per_group):
     "UTKFace by age and race; `{how}` in its source stands for how the archive was found."
     who = f"that is {', '.join(RACES[:-1])} or {RACES[-1]}"
-    name = f'utkface_race-{size}-{recipe(_race_set)}-{digest}'
+    name = f'utkface_race-{size}-{recipe(_race_set)}-{made_by(utk_faces)}-{digest}'
     t,texts = kept(name, lambda: utk_faces(path, size, age_and_race, who))
     x,y,b = (t[o] for o in 'xyb')
     train,judge = _deal(y, b, per_group, split, functools.partial(seeded, seed, 'utkface_race'))

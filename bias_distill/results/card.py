@@ -164,7 +164,7 @@ def one_setting(
     if not made: raise ValueError('rows=[]: expected a row, or several of one setting, one a seed')
     rows = [o.row for o in made]
     values = {k: [o.get(k) for o in rows] for k in FIELDS if k!='seed'}
-    values['labels'] = [o['inputs']['labels'] for o in rows]
+    values |= dict(labels=[o['inputs']['labels'] for o in rows], n_train=[o['n_train'] for o in rows])
     for k,each in values.items():
         if (other := next((v for v in each if v!=each[0]), ...)) is ...: continue
         raise ValueError(f'{k} is {each[0]!r} and {other!r}: expected rows of one setting, one a seed')

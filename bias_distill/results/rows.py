@@ -108,6 +108,9 @@ def one_a_seed(
     "Refuse two rows of one seed, whose mean would be that of two settings. A ValueError."
     rows = frame(rows)
     seeds = sorted(rows['seed'].dropna())
+    sizes = sorted(set(rows.get('n_train', Series(dtype=float)).dropna()))
+    if len(sizes) > 1: raise ValueError(f"rows made from {' and '.join(f'{o:g}' for o in sizes)} training images: "
+                                        'expected rows of one set, one a seed')
     if len(set(seeds)) == len(seeds): return rows
     raise ValueError(f"{len(rows)} rows, of seeds {', '.join(map(str, seeds))}: expected rows of one setting, "
                      f"one a seed; choose by more of {', '.join(VARY)}")

@@ -91,7 +91,7 @@ def grid_table(
         if whole:
             all_of_it = cell(where(rows, **at, distiller='none', weighting='uniform'), what)
             table.loc['the whole training set'] = [all_of_it]+['']*(len(ipcs)-1)
-        return table.rename(lambda title: f'{conflict:.0%} {title}')
+        return table.rename(lambda title: f'{100*conflict:g}% {title}')
     return to_markdown(concat([block(c) for c in conflicts]), 'conflicting, method')
 
 # %% ../../nbs/results/03_tables.ipynb #d5639489
@@ -171,7 +171,7 @@ def weighting_table(
     columns = {title: column(k, digits) for k,(title,digits) in shown.items()}
     columns['seconds for the view'] = [f'{groups[w].seconds.map(view_seconds).mean():.0f}' for w in order]
     titles = [method(dict(distiller=distiller, weighting=w)) for w in order]
-    return to_markdown(DataFrame(columns, Index(titles, dtype=object)), f'`{dataset}`, {conflict:.0%}, IPC {ipc}')
+    return to_markdown(DataFrame(columns, Index(titles, dtype=object)), f'`{dataset}`, {100*conflict:g}%, IPC {ipc}')
 
 # %% ../../nbs/results/03_tables.ipynb #21c58853
 # on the whole set
