@@ -151,6 +151,13 @@ def test_a_row_that_fails_takes_no_other_away(copy):
     (copy/'gpu_slot').write_text(slot)
     assert asked(snakemake('-n','-p', *smoke, '--', *wanted, cwd=copy)) == [[two]]
 
+def test_a_row_made_anew_brings_a_new_picture(copy):
+    have = {p.stem for p in (copy/'rows').glob('*.json')}; one = next(n for r in cells('figure_distilled_images') if (n := cell_name(r)) in have)
+    (copy/'tiles').mkdir(exist_ok=True); (copy/f'tiles/{one}.png').touch()
+    def made(): return 'keep_tile' in snakemake('-n','-p','--', f'rows/{one}.json', f'tiles/{one}.png', cwd=copy)
+    os.utime(copy/f'tiles/{one}.png', (1, 1)); assert not made()        # a date says nothing
+    (copy/f'rows/{one}.json').unlink(); assert made()
+
 def test_text_from_config_reaches_the_job_as_it_is(copy):
     "No shell reads it: what a shell would make of the printed line is the path itself."
     where = '''/x'$(touch pwned)'y/Bob's data/{a}/a $b `c` "d"/a;b|c & d'''

@@ -35,7 +35,8 @@ class Look:
     "What is known of a file after one look."
     raw:bytes            # the file
     header:Image.Image   # as Pillow opened it: format, mode, size, EXIF, quantisation tables
-    small:Image.Image    # RGB, at most `SMALL` pixels a side
+    small:Image.Image    # RGB, upright, at most `SMALL` pixels a side
+    size:tuple           # width and height in pixels, upright
 
 def look(
     raw:bytes, # an image file
@@ -47,10 +48,10 @@ def look(
         warnings.simplefilter('ignore') # of a broken note
         header = Image.open(io.BytesIO(raw)) # stays open: its notes are read later
         im.draft('RGB', (SMALL, SMALL))
-        upright(im)
+        size = header.size[::-1] if upright(im) else header.size
         small = rgb(im, bits)
     small.thumbnail((SMALL, SMALL), Image.Resampling.BOX)
-    return Look(raw, header, small)
+    return Look(raw, header, small, size)
 
 # %% ../../nbs/audit/01_look.ipynb #f0363868
 def looked(

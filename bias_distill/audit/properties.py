@@ -73,8 +73,7 @@ def file_facts(
     o:Look, # at a file
 )->dict:
     "Size, format and what else the header says."
-    w, h = o.header.size
-    if (w > h) != (o.small.width > o.small.height): w, h = h, w # turned, as its camera noted
+    w, h = o.size
     camera, day = _exif(o.header)
     quality = jpeg_quality(getattr(o.header, 'quantization', None))
     return dict(width=w, height=h, aspect=w/h, bytes=len(o.raw), format=o.header.format, mode=o.header.mode,

@@ -8,7 +8,7 @@ __all__ = ['LARGEST', 'SPLIT', 'resolve', 'asked', 'read_file', 'entries', 'mega
 
 # %% ../../nbs/data/03_files.ipynb #e8515303
 import contextlib, functools, gzip, hashlib, io, json, math, os, platform, shutil, stat, struct, sys, tarfile, tempfile
-import threading, time, warnings, zipfile, zlib
+import threading, warnings, zipfile, zlib
 from dataclasses import fields, replace
 from pathlib import Path, PurePosixPath
 import bias_distill, numpy as np, torch
@@ -157,19 +157,22 @@ def picture(
         raise ValueError(f"{where}: expected an image, found {len(raw):,} bytes that are none, or a damaged one") from e
     finally: Image.MAX_IMAGE_PIXELS = before
 
-# %% ../../nbs/data/03_files.ipynb #dcb52d0d
-_SIXTEEN_BITS = ('I;16','I;16B','I;16L','I') # Pillow's modes of 16 bits a pixel
-
+# %% ../../nbs/data/03_files.ipynb #48c62628
 def upright(
-    im, # Pillow's image, changed in place
-):
+    im,  # Pillow's image, changed in place
+)->bool: # did width and height change places?
     "Turn a picture as its camera noted; leave it where the note is broken."
     im.load() # so that what fails below is the note
+    was = im.size
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             ImageOps.exif_transpose(im, in_place=True)
     except Exception: pass
+    return im.size != was
+
+# %% ../../nbs/data/03_files.ipynb #dcb52d0d
+_SIXTEEN_BITS = ('I;16','I;16B','I;16L','I') # Pillow's modes of 16 bits a pixel
 
 def _eight_bits(im, depth):
     "A grey picture of 16 bits, of which `depth` are in use, with 8."
@@ -264,6 +267,8 @@ def _fetch(
     return ended[0] if ended else f'no answer in {timeout:g} s'
 
 # %% ../../nbs/data/03_files.ipynb #17a6c580
+def _identity(folder): return folder.stat().st_ino if folder.is_dir() else None
+
 @functools.cache
 def download(
     kind:str,         # name of a dataset of torchvision's, such as 'MNIST'
@@ -275,13 +280,13 @@ def download(
     import torchvision
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        began = time.time()
+        before = _identity(cache/folder)
         part = Path(tempfile.mkdtemp(prefix='part-', dir=cache))
         try:
             why = _fetch(lambda: getattr(torchvision.datasets, kind)(part, download=True), part, timeout)
             if not why and (part/folder).is_dir():
                 with locked(cache/folder):
-                    if (cache/folder).is_dir() and (cache/folder).stat().st_mtime > began: return '' # by another
+                    if _identity(cache/folder) != before: return '' # another process was faster
                     shutil.rmtree(cache/folder, ignore_errors=True)
                     os.replace(part/folder, cache/folder)
         finally: shutil.rmtree(part, ignore_errors=True)

@@ -67,13 +67,11 @@ def make(
     out_dir,       # of the job
     data_dir=None, # folder of the data
 ):
-    """Make rows, and copy them to the kept rows; the picture of a row that was another goes. A FloatingPointError at
-    the end where one could not be made."""
+    "Make rows, and copy them to the kept rows. A FloatingPointError at the end where one could not be made."
     made, failed = each_row([lookup('cell', n, plan) for n in names], out_dir, data_dir)
     for row in made:
-        raw, to = (Path(out_dir)/f"{row['key']}.json").read_bytes(), Path(rows)/f'{cell_name(run_of(row))}.json'
-        if to.exists() and to.read_bytes() != raw: (to.parent.parent/f'tiles/{to.stem}.png').unlink(missing_ok=True)
-        write_atomic(to, raw)
+        raw = (Path(out_dir)/f"{row['key']}.json").read_bytes()
+        write_atomic(Path(rows)/f'{cell_name(run_of(row))}.json', raw)
     if failed: raise FloatingPointError('; '.join(failed))
 
 # %% ../../nbs/results/07_jobs.ipynb #dd60cb08

@@ -71,7 +71,7 @@ def cross_fitted(
 # %% ../../nbs/weights/07_guess.ipynb #8f16dc5d
 SHARE = .1 # of conflicting images, before one has looked
 EVEN = 2   # times as many images as another that a class may have
-TRUSTED = 1-2*SHARE # share of images whose guess is their label; with fewer, the guess is not used
+TRUSTED = 1-2*SHARE # agreement below which the guess is not used
 
 def evened(
     logp:Tensor, # (n, classes) log probabilities of the labels
