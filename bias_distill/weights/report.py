@@ -14,9 +14,13 @@ from .weighting import Weighting, class_index, draw_batch
 # %% ../../nbs/weights/04_report.ipynb #646e79d7
 def _auroc(c, y, score, classes):
     "Mean over classes of the AUROC of `score` for `c`; None where no class has both kinds."
-    from sklearn.metrics import roc_auc_score
     score = torch.zeros(len(c)) if score is None else score.cpu()
-    auc = [roc_auc_score(c[y==k], score[y==k]) for k in range(classes) if 0 < c[y==k].sum() < (y==k).sum()]
+    if not score.isfinite().all(): raise ValueError('a score must be a finite number for every image')
+    auc = []
+    for k in range(classes):
+        low, high = score[(y==k) & ~c].sort().values, score[(y==k) & c]
+        wins = torch.searchsorted(low, high) + torch.searchsorted(low, high, right=True)
+        if len(low) and len(high): auc.append(wins.double().mean().item()/(2*len(low)))
     return sum(auc)/len(auc) if auc else None
 
 # %% ../../nbs/weights/04_report.ipynb #71beb401
