@@ -120,10 +120,11 @@ def _of_class(score, tells, names, k, i, seed):
     if rare.any(): words.append(f'{times:.0f} times as far apart as by chance')
     if properties: words.append(f'{properties[0]} alone tells it: {tells.of_class.loc[properties[0], names[k]]:.2f}')
     if properties:
-        p = tells.guesses[properties[0]][i.numpy()]
+        each = [tells.guesses[o][i.numpy()] for o in properties]
+        p = sum(each)/len(each)
         order = torch.from_numpy(np.lexsort((ranks.numpy(), -p[:,k])))   # by the guess, then by the density
         if not rare.any(): ranks = order.argsort().float()/(len(i)-1)
-        rare = rare | torch.from_numpy(p.argmax(1) != k)
+        rare = rare | torch.from_numpy((each[0].argmax(1) != k) | (p.argmax(1) != k))
     verdict = LIKELY if seen else NOTHING
     return [len(i), verdict, ', '.join(seen), int(rare.sum()), '; '.join(words)], rare, ranks
 
