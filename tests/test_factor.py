@@ -209,8 +209,9 @@ def test_names_of_old_results_stay():
     rows = {p.stem: json.loads(p.read_text()) for p in sorted((ROOT/'paper_figures/rows').glob('*.json'))}
     plain = {k: r for k,r in rows.items() if r.get('factor') in (None, 1)}
     assert len(plain) > 300
-    for key, row in [*plain.items()][::25]:
-        assert cell_name(run_of(row)) == key == cell_name(run_of(row | dict(factor=1 if row['distiller']!='none' else None)))
+    for key, row in plain.items():
+        same = row | dict(factor=1 if row['distiller']!='none' else None)
+        assert cell_name(run_of(row)) == key.removesuffix('-mlxtend') == cell_name(run_of(same))
 
 # -- RDED, which chooses crops
 
