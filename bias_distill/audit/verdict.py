@@ -118,8 +118,8 @@ def _of_class(score, tells, names, k, i, seed):
     seen = ['the picture']*bool(rare.any()) + properties[:3]
     words = []
     if rare.any(): words.append(f'{times:.0f} times as far apart as by chance')
-    if properties: words.append(f'{properties[0]} alone tells it: {tells.of_class.loc[properties[0], names[k]]:.2f}')
     if properties:
+        words.append(f'{properties[0]} alone tells it: {tells.of_class.loc[properties[0], names[k]]:.2f}')
         each = [tells.guesses[o][i.numpy()] for o in properties]
         p = sum(each)/len(each)
         order = torch.from_numpy(np.lexsort((ranks.numpy(), -p[:,k])))   # by the guess, then by the density

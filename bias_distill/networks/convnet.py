@@ -168,7 +168,7 @@ def channel_stats(
     x:Tensor, # (n, 3, h, w) images, uint8 or 0 to 1
 )->tuple:     # two tensors (3,), on the CPU
     "Mean and standard deviation (at least .001) of each channel, in image range."
-    if x.dtype != torch.uint8: return _stats(x)
+    if x.dtype != torch.uint8 or x.is_inference(): return _stats(x)    # the latter count no versions
     if x not in _STATS or _STATS[x][0] != x._version: _STATS[x] = x._version, _stats(x)
     mean, std = _STATS[x][1]
     return mean.clone(), std.clone()
