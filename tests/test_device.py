@@ -113,7 +113,7 @@ TRAINED_DC = dict(iterations=1, outer_steps=2, inner_epochs=1)
 CASES = { # what is run side by side
     'dm': [dict(weighting=o) for o in ('uniform','kde','oracle_draw','fairdd')],
     'dc': [dict(distiller='dc', weighting='uniform', **TRAINED_DC)],
-    'dsa': [dict(distiller='dsa', augment='scale_rotate', **TRAINED_DC)],
+    'dsa': [dict(distiller='dsa', augment='color_scale_rotate', weighting=o, **TRAINED_DC) for o in ('uniform','kde_draw')],
     'mtt': [dict(distiller='mtt', augment='scale_rotate', experts=1, expert_epochs=2, latest_start=1, iterations=2)],
     'random': [dict(distiller='random', weighting=o) for o in ('gap_draw','group_draw')],
     'kmeans': [dict(distiller='kmeans', weighting='kde_draw')],
@@ -286,7 +286,7 @@ STEPS = { # weightings side by side; how; operations of a step, at most: a GPU s
     'dm, uniform and kde': ('uniform and kde', dict(), 200),
     'dm, every way to weigh': ('kde and kde_draw and oracle_draw and fairdd and kde_rare', dict(), 410),
     'dm, augmented mosaics': ('uniform and kde', dict(augment='color_crop_cutout_scale_rotate', factor=2), 300),
-    'dsa': ('uniform and kde', dict(distiller='dsa', augment='color_crop_cutout_scale_rotate', outer_steps=4, inner_epochs=2), 2300),
+    'dsa': ('uniform and kde', dict(distiller='dsa', augment='color_crop_cutout_scale_rotate', outer_steps=4, inner_epochs=2), 1300),
     'mtt': ('uniform and kde', dict(distiller='mtt', augment='color_crop_cutout_scale_rotate', **TRAJECTORY), 3300),
     'pool': ('uniform and kde_draw', dict(distiller='pool', augment='color_crop_cutout_scale_rotate', factor=2, experts=1, epoch_steps=2), 520)}
 

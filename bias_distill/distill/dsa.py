@@ -7,7 +7,7 @@ __all__ = ['LOOPS', 'by_output', 'distance', 'parameters', 'by_row', 'gradients'
            'image_gradients', 'loops', 'training_plan', 'train_a_little', 'dsa', 'dc']
 
 # %% ../../nbs/distill/03_dsa.ipynb #77f31c3f
-import torch, torch.nn.functional as F
+import functools, torch, torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 from torch.utils._pytree import tree_map
@@ -23,18 +23,21 @@ from .images import check_finite, commit, moved, stepwise
 
 # %% ../../nbs/distill/03_dsa.ipynb #0d4d86e7
 def by_output(
-    g:Tensor,  # gradient of a layer's weights, (outputs, inputs, 3, 3) or (1, inputs, outputs)
-)->Tensor:     # (outputs, all else)
+    g:Tensor,  # gradient of a layer's weights, (members * outputs, inputs, 3, 3) or (members, inputs, outputs)
+)->Tensor:     # (members * outputs, all else)
     "The gradient of a layer's weights, a row for each output."
-    return g.flatten(1) if g.ndim==4 else g[0].T
+    if g.ndim==4: return g.flatten(1)
+    return g[0].T if len(g)==1 else g.transpose(1,2).flatten(0,1)
 
 # %% ../../nbs/distill/03_dsa.ipynb #9d554945
 def distance(
-    a:dict,  # name -> gradient of a layer's weights
-    b:dict,  # the same names and shapes
-)->Tensor:   # (), at least 0
+    a:dict,        # name -> gradient of a layer's weights
+    b:dict,        # the same names and shapes
+    members:int=1, # networks side by side in them
+)->Tensor:         # (), at least 0; of several members (members,)
     "Sum over layers and their outputs of one minus the cosine between two gradients."
-    return sum((1-_cosine(by_output(a[k]), by_output(b[k]))).sum() for k in a)
+    rows = (1-_cosine(by_output(a[k]), by_output(b[k])) for k in a)
+    return sum(o.sum() if members==1 else o.unflatten(0, (members,-1)).sum(1) for o in rows)
 
 def _cosine(u, v):
     "Cosine of each row, 0 where a row is zero."
@@ -64,13 +67,25 @@ def by_row(
 
 # %% ../../nbs/distill/03_dsa.ipynb #262c24c7
 def gradients(
-    net,                # `ConvNet`, of which only the shape is used: parameters are arguments
+    net,                # `ConvNet`, of which only the shape is used: parameters are arguments. Of several members, images are
+                        # (..., 3 members, h, w), weights and losses (..., members); labels are for all the same
     compile:bool=True,  # False for short runs
 )->tuple:               # f(q, p, x, y, w) -> gradients; g(q, p, x, y, w, gradients) -> (image gradients, losses)
     "Two functions for `net`, a class a row: real images to gradients; synthetic images and those to image gradients."
-    def loss(q, p, x, y, w): return (w*F.cross_entropy(logits(net, p|q, x), y, reduction='none')).mean()
-    def match(q, p, x, y, w, g): return grad_and_value(lambda o: distance(grad(loss)(q, p, o, y, w), g))(x)
+    m = net.members
+    def loss(q, p, x, y, w): return (w*_cross_entropy(logits(net, p|q, x), y)).mean(0).sum()
+    def off(x, q, p, y, w, g):
+        each = distance(grad(loss)(q, p, x, y, w), g, m)
+        return each.sum(), each
+    def match(q, p, x, y, w, g):
+        moves, (_, each) = grad_and_value(off, has_aux=True)(x, q, p, y, w, g)
+        return moves, each
     return by_row(grad(loss), (0,0,0), compile), by_row(match, (0,0,0,0), compile)
+
+def _cross_entropy(z, y):
+    "Of each image, from logits (n, classes): (n,); from those of several members (members, n, classes): (n, members)."
+    if z.ndim==2: return F.cross_entropy(z, y, reduction='none')
+    return F.cross_entropy(z.flatten(0,1), y.repeat(len(z)), reduction='none').view(len(z), -1).T
 
 # %% ../../nbs/distill/03_dsa.ipynb #032a0a36
 def blocks(
@@ -95,8 +110,8 @@ def real_gradients(
     f,             # the first function of `gradients`
     q:dict,        # what is matched, name -> weights
     p:dict,        # all other parameters
-    x:Tensor,      # (C, B, 3, h, w) real images, uint8 or 0 to 1
-    w:Tensor=None, # (C, B) weights, mean one in each row; None: ones
+    x:Tensor,      # (C, B, 3 members, h, w) real images, uint8 or 0 to 1
+    w:Tensor=None, # (C, B) weights, mean one in each row, or (C, B, members); None: ones, for one member
     most:int=16,   # images in a bite, about
 )->dict:           # name -> (C, ...)
     "Gradients of the weighted loss of the real images of each class."
@@ -111,17 +126,18 @@ def real_gradients(
 
 # %% ../../nbs/distill/03_dsa.ipynb #9d3ce4f1
 def augment_classes(
-    x:Tensor,     # (C, n, 3, h, w) images, uint8 or 0 to 1
-    params=None,  # list of draws, one a class; None: no augmentation
-)->Tensor:        # (C, n, 3, h, w)
+    x:Tensor,     # (C, n, 3 members, h, w) images, uint8 or 0 to 1
+    params=None,  # list of draws, one a class, for all members; None: no augmentation
+)->Tensor:        # of the shape of `x`
     "Images, each class augmented by its own draw."
     if not params: return x
-    if not x.is_cpu: return _by_operation(to_float(x), params)
-    return torch.stack([augment(to_float(o), d) for o,d in zip(x, params)])
+    own = x.unflatten(2, (-1,3)).flatten(1,2)
+    out = torch.stack([augment(to_float(o), d) for o,d in zip(own, params)]) if x.is_cpu else _by_operation(own, params)
+    return out.view(x.shape)
 
 def _by_operation(x, params):
     "What `augment_classes` gives: classes that drew the same operation go through it together."
-    n, rows, done = x.shape[1], x.unbind(), {}
+    n, rows, done = x.shape[1], to_float(x).unbind(), {}
     for op in dict.fromkeys(d['op'] for d in params):
         some = [k for k,d in enumerate(params) if d['op']==op]
         numbers = {o: torch.cat([params[k][o].expand(n) for k in some]) for o in params[some[0]] if o!='op'}
@@ -134,21 +150,22 @@ def image_gradients(
     f,            # the second function of `gradients`
     q:dict,       # what is matched, name -> weights
     p:dict,       # all other parameters
-    syn:Tensor,   # (C, m, 3, h, w) synthetic images, 0 to 1
+    syn:Tensor,   # (C, m, 3 members, h, w) synthetic images, 0 to 1
     g:dict,       # name -> (C, ...) gradients of the real images, from `real_gradients`
     params=None,  # list of draws, one a class; None: no augmentation
     most:int=16,  # images in a bite, about; at least one class
-)->tuple:         # loss (); gradient (C, m, 3, h, w)
+)->tuple:         # loss (), of several members (members,); gradient, of the shape of `syn`
     "Loss, and gradient of the synthetic images to match `g`."
-    s = syn.detach().requires_grad_()
-    a, y, ones = augment_classes(s, params), _labels(syn), torch.ones(syn.shape[:2], device=syn.device)
+    s, shape = syn.detach().requires_grad_(), syn.shape[:2]
+    a, y, ones = augment_classes(s, params), _labels(syn), torch.ones(shape, device=syn.device)
+    if syn.shape[2] > 3: ones = ones[...,None]
     grads, losses = [], []
     for c,_ in blocks(syn, most):
         d, l = f(q, p, _bite(a[c].detach()), y[c], ones[c], {k: v[c] for k,v in g.items()})
         grads.append(d)
         losses.append(l)
     d = torch.cat(grads)
-    return torch.cat(losses).sum(), torch.autograd.grad(a, s, d)[0] if params else d
+    return torch.cat(losses).sum(0), torch.autograd.grad(a, s, d)[0] if params else d
 
 # %% ../../nbs/distill/03_dsa.ipynb #e1d08731
 LOOPS = {1:(1,1), 10:(10,50), 20:(20,25), 30:(30,20), 40:(40,15), 50:(50,10)}  # ipc -> (matching steps, epochs)
@@ -179,8 +196,8 @@ def training_plan(
 
 def train_a_little(
     net,        # `ConvNet`, trained in place
-    syn:Tensor, # (C, m, 3, h, w) synthetic images, 0 to 1
-    plan:list,  # from `training_plan`, on the device of `syn`
+    syn:Tensor, # (C, m, 3 members, h, w) synthetic images, 0 to 1; each member learns from its own
+    plan:list,  # from `training_plan`, on the device of `syn`; for all members
     lr:float,   # learning rate
     loss,       # `batch_loss`, compiled or not
 ):
@@ -188,19 +205,36 @@ def train_a_little(
     x, y = syn.flatten(0,1), _labels(syn).flatten()
     opt = torch.optim.SGD(net.parameters(), lr=lr, foreach=True)
     w, most = torch.ones(len(y), device=y.device), 2048 if x.is_cuda else 64
-    for i,params in plan: step(net, opt, loss, augment(x[i], params), y[i], w[i], most)
+    for i,params in plan: step(net, opt, loss, _augmented(x[i], params), y[i], w[i], most)
+
+def _augmented(x, params):
+    "Images (n, 3 members, h, w), augmented; what belongs to one number alike."
+    members, own = x.shape[1]//3, x.unflatten(1, (-1,3)).flatten(0,1)
+    numbers = {k: v if k=='op' else v[:,None].expand(-1, members).flatten() for k,v in params.items()}
+    return augment(own, numbers).view(x.shape)
 
 # %% ../../nbs/distill/03_dsa.ipynb #1aa901e6
-def _recall(net, state, name, fresh):
-    "The network of this step: at the start of an iteration with parameters `fresh`, the same for all; else its own."
-    if fresh: net.take(fresh)
-    else: net.load_state_dict(state['own'][name], strict=False)
+def _together(images):
+    "Names of the weightings whose images (C, m, 3, h, w) go together: lists."
+    groups = {}
+    for name,x in images.items(): groups.setdefault(name if x.is_cpu else x.shape, []).append(name)
+    return [*groups.values()]
 
-def _kept(net, name, t, lr):
-    "The network's parameters, to go on with; what is in doubt about them."
-    own = {k: v.detach().clone() for k,v in net.named_parameters()}
-    what = f"after step {t}, the network trained on {name!r} is"
-    return own, check_finite(own, what, f'lower lr_net ({lr})')
+def _joined(parts, dim=0): return parts[0] if len(parts)==1 else torch.cat(parts, dim)
+
+def _recall(net, state, names, fresh):
+    "The network of this step: at the start of an iteration with parameters `fresh`, the same for all; else its own."
+    if fresh: net.take([tuple(_joined([o]*len(names)) for o in pair) for pair in fresh])
+    else:
+        own = [state['own'][n] for n in names]
+        net.load_state_dict({k: _joined([o[k] for o in own]) for k in own[0]}, strict=False)
+
+def _kept(net, names, t, lr):
+    "The parameters of each member, to go on with; what is in doubt about them."
+    parts = {k: v.detach().clone().chunk(net.members) for k,v in net.named_parameters()}
+    own = {n: {k: v[i] for k,v in parts.items()} for i,n in enumerate(names)}
+    return own, [check_finite(o, f"after step {t}, the network trained on {n!r} is", f'lower lr_net ({lr})')
+                 for n,o in own.items()]
 
 # %% ../../nbs/distill/03_dsa.ipynb #8e754f89
 def _draws(net, index, ways, batch, sizes, strategy, classes, outer_steps, epochs, steps, seed):
@@ -222,41 +256,52 @@ def _reals(split, weightings, real, params):
     drawn = {k: (i, augment_classes(split.x[i], params)) for k,i in zip(ways, real)}
     return {w.name: drawn[id(w.p)] for w in weightings}
 
-def _match(net, fs, i, x, w, stored, params, scale, most, factor=1):
-    "Loss and scaled gradient of the stored images."
-    (q, p), (syn, back) = parameters(net), opened(stored, factor)
-    g = real_gradients(fs[0], q, p, x, None if w.in_batch is None else w.in_batch(i), most)
+def _weights(ws, reals):
+    "Weights of the real images: (C, B), of several weightings (C, B, members)."
+    def of(w, i): return torch.ones(i.shape, device=i.device) if w.in_batch is None else w.in_batch(i)
+    parts = [of(w, reals[w.name][0]) for w in ws]
+    return parts[0] if len(ws)==1 else torch.stack(parts, -1)
+
+def _match(net, fs, ws, reals, stored, params, scale, most, factor=1):
+    "Of each of `ws`, members of `net`, loss and scaled gradient of its stored images."
+    (q, p), x = parameters(net), _joined([reals[w.name][1] for w in ws], 2)
+    syn, back = opened(_joined([stored[w.name] for w in ws], 2), factor)
+    g = real_gradients(fs[0], q, p, x, _weights(ws, reals), most)
     loss, grad = image_gradients(fs[1], q, p, syn, g, params, most)
-    return loss, back(grad)*scale
+    return {w.name: (l, o*scale) for w,l,o in zip(ws, loss.view(-1), back(grad).split(3, 2))}
 
 # %% ../../nbs/distill/03_dsa.ipynb #d391a72b
 def _tools(split, width, classes, compile):
-    "What all steps use: network, variances of the channels, functions, images in a bite."
-    net, most = network_for(split.x, width, classes), 2048 if split.x.is_cuda else 16
-    return net, net.std.pow(2), gradients(net, compile), compiled(batch_loss, compile), most
+    "What all steps use: a network and its functions, by its number of members; loss; images in a bite."
+    @functools.cache
+    def nets(members):
+        net = network_for(split.x, width, classes, members)
+        return net, gradients(net, compile)
+    return nets, compiled(batch_loss, compile), 2048 if split.x.is_cuda else 16
 
 def _moves(tools, split, weightings, state, drawn, factor=1):
     "Loss and scaled gradient of each weighting's images, with what the step has drawn."
-    net, scale, fs, _, most = tools
-    fresh, params, real, _ = drawn
-    reals, moves = _reals(split, weightings, real, params), {}
-    for w in weightings:
-        _recall(net, state, w.name, fresh)
-        moves[w.name] = _match(net, fs, *reals[w.name], w, state['x'][w.name], params, scale, most, factor)
+    (nets, _, most), (fresh, params, real, _) = tools, drawn
+    reals, ws, moves = _reals(split, weightings, real, params), {w.name: w for w in weightings}, {}
+    for names in _together({n: state['x'][n] for n in ws}):
+        net, fs = nets(len(names))
+        _recall(net, state, names, fresh)
+        some = [ws[n] for n in names]
+        moves |= _match(net, fs, some, reals, state['x'], params, net.std.pow(2), max(1, most//len(some)), factor)
     return moves
 
 def _cause(lr, lr_net, drawn): return f'lower lr_img ({lr})' + ('' if drawn[0] else f' or lr_net ({lr_net})')
 
 def _trained(tools, state, new, drawn, lr, factor=1):
     "Parameters of each weighting's network after training on its new images; what is in doubt about them."
-    (net, _, _, loss, _), (fresh, _, _, plans), own, doubts = tools, drawn, {}, []
-    if not plans: return own, doubts
-    for name,(x,*_) in new.items():
-        _recall(net, state, name, fresh)
-        x = unpack(x, factor)
+    (nets, loss, _), (fresh, _, _, plans), own, doubts = tools, drawn, {}, []
+    images = {n: unpack(x, factor) for n,(x,*_) in new.items()} if plans else {}
+    for names in _together(images):
+        net, x = nets(len(names))[0], _joined([images[n] for n in names], 2)
+        _recall(net, state, names, fresh)
         train_a_little(net, x, plans[x.shape[:2].numel()], lr, loss)
-        own[name], doubt = _kept(net, name, state['t'], lr)
-        doubts.append(doubt)
+        more, some = _kept(net, names, state['t'], lr)
+        own, doubts = own|more, doubts+some
     return own, doubts
 
 # %% ../../nbs/distill/03_dsa.ipynb #47a28281
@@ -283,7 +328,7 @@ def dsa(
     tools, index = _tools(split, width, classes, compile), class_index(split.y.cpu(), classes)
     sizes, ways = {held(o.shape[:2].numel(), factor) for o in state['x'].values()}, draws_of(weightings).values()
     todo = range(state['t'], iterations*outer_steps)
-    draws = _draws(tools[0], index, ways, batch, sizes, strategy, classes, outer_steps, inner_epochs, todo, seed)
+    draws = _draws(tools[0](1)[0], index, ways, batch, sizes, strategy, classes, outer_steps, inner_epochs, todo, seed)
     for drawn in stepwise(draws, state, split.x.device, weightings):
         new = moved(state, _moves(tools, split, weightings, state, drawn, factor), lr, cause=_cause(lr, lr_net, drawn))
         own, doubts = _trained(tools, state, new, drawn, lr_net, factor)

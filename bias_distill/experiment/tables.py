@@ -129,7 +129,7 @@ class Way:
     view:str|tuple|None=None # of `VIEWS`, or several, of which it gets a tuple; None: it looks at nothing
     settings:tuple=()     # the run's settings that the reading takes
     draws:bool=False      # weights are used in the draw; else in the mean
-    sees_labels:bool=False # reads bias labels: a ceiling, not a method
+    sees_labels:bool=False # reads bias labels: a reference, or a rival that needs them
     finds_variance:bool=False # chooses the kernel's variance where none is given
 
     @property

@@ -193,15 +193,16 @@ def _image_mean(h:Tensor)->Tensor:
     return h.mean(3, keepdim=True).mean(2, keepdim=True)
 
 def logits(
-    net:ConvNet, # of one member; says the units of images, and how many blocks
+    net:ConvNet, # one or several members; says the units of images, and how many blocks
     p:dict,      # name -> parameter, as `net.named_parameters()` names them
-    x:Tensor,    # (n, 3, h, w) images, uint8 or 0 to 1
-)->Tensor:       # (n, classes)
+    x:Tensor,    # (n, 3, h, w) images, uint8 or 0 to 1; of several members (n, 3 members, h, w), each its own
+)->Tensor:       # (n, classes); of several members (members, n, classes)
     "What `net` says of images with `p` for its parameters."
-    x = (to_float(x)-net.mean)/net.std
+    x = normalised(net, x)
     for i in range(len(net.convs)):
-        h = F.conv2d(x, p[f'convs.{i}.weight'], padding=1)
+        h = F.conv2d(x, p[f'convs.{i}.weight'], padding=1, groups=net.members)
         h = h-_image_mean(h)
         scale = (_image_mean(h*h)+net.norms[i].eps).rsqrt()*p[f'norms.{i}.weight'].view(-1,1,1)
         x = F.avg_pool2d(F.relu(h*scale+p[f'norms.{i}.bias'].view(-1,1,1)), 2)
-    return x.flatten(1)@p['weight'][0]+p['bias'][0]
+    if net.members==1: return x.flatten(1)@p['weight'][0]+p['bias'][0]
+    return torch.baddbmm(p['bias'], x.unflatten(1, (net.members,-1)).flatten(2).transpose(0,1), p['weight'])

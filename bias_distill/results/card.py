@@ -274,7 +274,7 @@ def about(
     share = '' if row.get('conflict') is None else f", {100*row['conflict']:g} % of which go against the bias"
     each = f'{n} images' + f' for each of {len(made)} seeds'*(len(made) > 1)
     chosen = 'These are real images of the source, or pieces of them: chosen, not synthetic.'
-    reads = 'The method read bias labels: it is a ceiling, or a rival that needs them.'
+    reads = 'The method read bias labels: it is a reference, or a rival that needs them.'
     parts = [
         '**A smoke run: it shows that everything runs. Its numbers mean nothing.**'*(row.get('profile')=='smoke'),
         f"{each}, {row['ipc']} of each class, that stand for {row['n_train']:,} training images of",

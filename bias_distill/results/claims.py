@@ -223,10 +223,10 @@ def better(
     one:dict,   # settings of a way
     other:dict, # settings of another
 )->list:        # of True, False, None: for each dataset and number of images per class
-    "Is the mean accuracy of one way above another's?"
+    "Is the mean accuracy of one way above another's, by more than a point?"
     def mean(way, at): return mean_of(where(rows, conflict=DATASETS[at['dataset']].conflict, **at, **way))
     found = [[mean(o, at) for o in (one, other)] for at in grid(dataset=tuple(datasets), ipc=tuple(ipcs))]
-    return [None if None in o else o[0] > o[1] for o in found]
+    return [None if None in o else o[0] > o[1]+1 for o in found]
 
 # %% ../../nbs/results/02_claims.ipynb #e845de9b
 def alike(

@@ -6,17 +6,25 @@
 __all__ = ['keep_notebook']
 
 # %% ../../nbs/results/09_executed.ipynb #e191a31f
+import re
 from execnb.nbio import read_nb, write_nb
 from nbdev.clean import clean_nb
 
 # %% ../../nbs/results/09_executed.ipynb #44dcda6a
+def _from_below(text):
+    "Markdown whose relative links are followed from a folder below."
+    return re.sub(r'(\]\()(?!\w+:|[#/])', r'\1../', ''.join(text))
+
 def keep_notebook(
-    path, # of a notebook with its outputs
-    to,   # path of the cleaned copy
+    path, # of a notebook with its outputs, whose links are those of the page
+    to,   # path of the cleaned copy, in a folder below the page
 ):
-    "Keep an executed notebook: cleaned as nbdev does it, with the tags that say something."
+    "Keep an executed notebook: cleaned as nbdev does it, with the tags that say something, its links mended."
     nb = read_nb(path)
     for c in nb.cells:
         if not c.metadata.get('tags', True): del c.metadata['tags']     # papermill gives every cell an empty list
+        if c.cell_type=='markdown': c.source = _from_below(c.source)
+        for o in c.get('outputs', []):
+            if 'text/markdown' in o.get('data', {}): o.data['text/markdown'] = _from_below(o.data['text/markdown'])
     clean_nb(nb, allowed_cell_metadata_keys=['tags'])
     write_nb(nb, to)

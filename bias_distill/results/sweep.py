@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FULL', 'SMOKE', 'HALF', 'SCALES', 'SETS', 'UNBIASED', 'PLAINLY', 'TABLE_METHODS', 'FACE_METHODS', 'FAIR_METHODS',
            'GEOMETRIC', 'VARIED', 'AMPLIFIERS', 'PICTURED', 'FIRST', 'COMPARED', 'ARCHITECTURES', 'WHOLE', 'STRONGER',
-           'STRONG_SETS', 'STRONG_WAYS', 'NEEDS', 'ASKED_FOR', 'EVERYBODY', 'HEADLINE', 'LIKE', 'setting', 'cell_name',
-           'run_of', 'planned', 'pairs', 'on_whole', 'of_dataset', 'for_amplification', 'for_faces', 'for_debiasing',
-           'for_images', 'for_sensitivity', 'for_fairness', 'for_labels', 'judged_by', 'for_judges', 'ways_of',
-           'for_distillers', 'for_nothing', 'for_claims', 'for_peers', 'at_one_ratio', 'check_axes', 'cells', 'sweep',
-           'shown', 'hash_of', 'at_hand', 'row_seconds', 'estimates', 'estimate']
+           'WAYS_OF_DM', 'STRONG_SETS', 'STRONG_WAYS', 'NEEDS', 'ASKED_FOR', 'EVERYBODY', 'HEADLINE', 'LIKE', 'setting',
+           'cell_name', 'run_of', 'planned', 'pairs', 'on_whole', 'of_dataset', 'for_amplification', 'for_faces',
+           'for_debiasing', 'for_images', 'for_sensitivity', 'for_fairness', 'for_labels', 'judged_by', 'for_judges',
+           'ways_of', 'for_distillers', 'for_nothing', 'for_claims', 'for_peers', 'at_one_ratio', 'check_axes', 'cells',
+           'sweep', 'shown', 'hash_of', 'at_hand', 'row_seconds', 'estimates', 'estimate']
 
 # %% ../../nbs/results/05_sweep.ipynb #dd9ec7fb
 import functools, hashlib, json
@@ -73,12 +73,12 @@ FULL = dict(conflicts=(.01,.02,.05), ipcs=(1,10,50), ipc=10, debias_ipcs=(10,50)
             fair_ipcs=(10,50), known=(.05,.1,.25,.5,1.), wrong=(0.,.1,.25,.5), judged_ipcs=(10,50), judged_epochs=1000,
             fair_sets=('cmnist_fg','cmnist_bg','cfmnist_fg','cfmnist_bg','cifar10_s','utkface_race'), strong=None,
             labels_sets=('cmnist_fg','cifar10_s'), judged_sets=('cmnist','bg_fmnist'), fair={}, fair_steps={},
-            peers=dict(profile='paper'))
+            peers=dict(profile='paper'), strong_more=(50,))
 SMOKE = dict(conflicts=(.05,), ipcs=(1,), ipc=1, debias_ipcs=(1,), whole=(.05,), variances=(.05,.2),
              strong=('DM, four images in one',), taus=(1.,), encoder_taus=(.5,), encoder_steps=(5,10),
              fair_ipcs=(1,), known=(.25,1.), wrong=(0.,.25), judged_ipcs=(1,), judged_epochs=6,
              fair_sets=('cmnist_fg',), labels_sets=('cmnist_fg',), judged_sets=('cmnist',), fair={}, fair_steps={},
-             peers={})
+             peers={}, strong_more=())
 # for many sets: half the steps at IPC 10, a twelfth of the matching at IPC 50 (paper_figures/profile.ipynb)
 # an image's gradient shrinks with their number: the rate makes up for it (paper_figures/profile.ipynb)
 HALF = dict(fair=dict(width=64, eval_width=128, eval_networks=2),
@@ -220,6 +220,7 @@ STRONGER = { # title -> a distiller and its settings
     'matching in a pool': dict(distiller='pool'),
     'a pool, whole distributions': dict(distiller='pool', metric='ecf'),
     'RDED, four crops in one': dict(distiller='rded', factor=2)}
+WAYS_OF_DM = [o for o in STRONGER.values() if o['distiller']=='dm']
 STRONG_SETS = (*SETS,'utkface')
 STRONG_WAYS = ('uniform','kde','gap_draw','group_draw','oracle_draw') # weightings
 
@@ -233,11 +234,13 @@ def ways_of(
 def for_distillers(
     s:dict, # of `SCALES`
 )->list:    # of settings
-    "The stronger distillers by weighting, and the whole sets that they are to beat."
+    "The stronger distillers by weighting, and the whole sets that they are to beat; DM's ways with more images, too."
     at, some = dict(dataset=STRONG_SETS, conflict=.05), s['strong'] or STRONGER
     each = [o for title,o in STRONGER.items() if title in some]
     whole = on_whole(**at, eval_augment=tuple(dict.fromkeys(o.get('eval_augment') for o in each)))
-    return whole + sum([grid(**at, ipc=s['ipc'], weighting=ways_of(o['distiller']), **o) for o in each], [])
+    few = sum([grid(**at, ipc=s['ipc'], weighting=ways_of(o['distiller']), **o) for o in each], [])
+    more = dict(ipc=s['strong_more'], weighting='group_draw')
+    return whole + few + sum([grid(**at, **more, **o) for o in each if o in WAYS_OF_DM], [])
 
 # %% ../../nbs/results/05_sweep.ipynb #be00df75
 def for_nothing(

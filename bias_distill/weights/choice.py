@@ -21,7 +21,7 @@ from .weighting import Weighting, fixed, kde
 # %% ../../nbs/weights/08_choice.ipynb #4bf2cf3b
 def otsu(
     score:Tensor, # (n,) high for the rare
-)->tuple:         # threshold; share of the samples above it, 0 where all are equal
+)->tuple:         # threshold; share of the samples above it, 0 where all are equal, or of fewer than 3
     "The cut of a distribution in two that leaves the least variance within the parts (Otsu 1979)."
     o = score.cpu().double().sort().values
     n = len(o)
@@ -34,7 +34,7 @@ def otsu(
 # %% ../../nbs/weights/08_choice.ipynb #7203ddf6
 def bimodality(
     score:Tensor, # (n,)
-)->float:         # 0 to 1; 0 where all are equal
+)->float:         # 0 to 1; 0 where all are equal, or of fewer than 4
     "Sarle's coefficient of a sample: 1 for two values, 5/9 for a uniform distribution, 1/3 for a Gaussian."
     o = score.cpu().double()
     o = o-o.mean()

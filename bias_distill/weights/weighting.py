@@ -138,7 +138,7 @@ def oracle(
     *,
     b:Tensor,  # (n,) bias values; (n, k) for k biases
 )->Weighting:
-    "Every bias group of a class weighs the same, in the mean. USES BIAS LABELS: a ceiling, not a method."
+    "Every bias group of a class weighs the same, in the mean. USES BIAS LABELS: a reference, not a method."
     w = group_weights(y, b)
     return fixed('oracle', w)
 
@@ -148,7 +148,7 @@ def oracle_draw(
     *,
     b:Tensor,  # (n,) bias values; (n, k) for k biases
 )->Weighting:
-    "Every bias group of a class is drawn alike. USES BIAS LABELS: a ceiling, not a method."
+    "Every bias group of a class is drawn alike. USES BIAS LABELS: a reference, not a method."
     w = group_weights(y, b)
     return Weighting('oracle_draw', w, p=w)
 
@@ -159,7 +159,7 @@ def fairdd(
     *,
     b:Tensor,  # (n,) bias values; (n, k) for k biases
 )->Weighting:
-    "Every bias group in a batch weighs the same (FairDD, NeurIPS 2025). USES BIAS LABELS: a ceiling, not a method."
+    "Every bias group in a batch weighs the same (FairDD, NeurIPS 2025). USES BIAS LABELS: a rival that needs them."
     group = _groups(y, b)
     groups = int(group.max())+1
     def in_batch(i):
