@@ -1,4 +1,5 @@
 "Debiasers and views through the main job: what they train on, what they report, and that neither sees a bias label."
+import functools
 from dataclasses import replace
 import pytest, torch
 from safetensors.torch import load_file
@@ -84,7 +85,7 @@ def test_views_are_kept_and_shared(tmp_path, monkeypatch, few_marks):
     "A view is computed once for all weightings that look at it, also in a later run; what was chosen stands in the row."
     first = finish(job(complete(**SMOKE, weighting='gap'), out_dir=str(tmp_path)))
     def no(*args, **kw): raise AssertionError('computed again')
-    for k,v in list(VIEWS.items()): monkeypatch.setitem(VIEWS, k, replace(v, see=no))
+    for k,v in list(VIEWS.items()): monkeypatch.setitem(VIEWS, k, replace(v, see=functools.wraps(v.see)(lambda *args, **kw: no())))
     row = finish(job(complete(**SMOKE, weighting='gap_draw'), out_dir=str(tmp_path)))[-1]
     assert row['chosen'] == first[-1]['chosen'] and row['chosen']['steps'] in (2,4) and row['init'] == 'weighted'
     assert list(row['seconds']) == ['data','chosen','kde','distill','evaluate'] and len(list(tmp_path.glob('stages/chosen-*'))) == 1

@@ -1,6 +1,6 @@
 """The main job on a GPU, as far as a machine without one can check: on the simulated device of `device_sim`, under CUDA's rules
 and under MPS's. Where tensors are, what a GPU can compute, which device is asked, what a finished row means elsewhere."""
-import copy, shutil, warnings
+import copy, functools, shutil, warnings
 from dataclasses import replace
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
@@ -147,6 +147,7 @@ class Killed(Exception): pass
 
 def killed_and_resumed(runs, kind, tmp_path):
     method = DISTILLERS[runs[0].distiller]
+    @functools.wraps(method.steps) # its name, and so its files
     def dies(*args, **kwargs):
         for s in method.steps(*args, **kwargs):
             yield s

@@ -1,5 +1,5 @@
 "A stored image holds several smaller ones: decoded as a plain loop does, in every distiller, alone and in company, and by whoever has only the file."
-import json, shutil
+import functools, json, shutil
 from dataclasses import replace
 import pytest, torch
 from safetensors.torch import load_file
@@ -233,7 +233,7 @@ def test_rded_is_chosen_once_and_kept(made, monkeypatch):
     "Another judge of the same images asks no teacher; the row counts its seconds."
     e = job(complete(**SMALL, distiller='rded', weighting='kde_draw', eval_epochs=2), out_dir=str(made['rded']))
     def no(*args, **kw): raise AssertionError('chosen again')
-    monkeypatch.setitem(DISTILLERS, 'rded', replace(DISTILLERS['rded'], select=no))
+    monkeypatch.setitem(DISTILLERS, 'rded', replace(DISTILLERS['rded'], select=functools.wraps(DISTILLERS['rded'].select)(no)))
     assert all(r['seconds']['distill'] > 0 and r['teacher_epochs'] == 3 for r in finish(e))
 
 def test_rded_takes_draws_alone(tmp_path):

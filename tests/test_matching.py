@@ -1,5 +1,5 @@
 "Gradient and trajectory matching: their gradients are derivatives, a killed run ends like an undisturbed one, a diverging one keeps what it had."
-import copy, ctypes, gc, json, math
+import copy, ctypes, functools, gc, json, math
 from dataclasses import replace
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
@@ -88,6 +88,7 @@ def undisturbed(tmp_path_factory):
 
 class Killed(Exception): pass
 def killer(f, at):
+    @functools.wraps(f) # its name, and so its files
     def go(*args, **kw):
         for state in f(*args, **kw):
             yield state

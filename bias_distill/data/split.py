@@ -67,6 +67,18 @@ class Split:
         return Split(*(None if t is None else t.to(device) for t in (self.x, self.y, self.b, self.usual)))
 
 # %% ../../nbs/data/01_split.ipynb #94ff7847
+def _check_part(data, part):
+    "Refuse a split of a `BiasedDataset` that cannot train or judge."
+    s, shape = getattr(data, part), tuple(data.train.x.shape[1:])
+    if not len(s): raise ValueError(f'{data.name}: {part} has no image')
+    if tuple(s.x.shape[1:]) != shape:
+        raise ValueError(f'{data.name}: images of train are {shape}, those of {part} {tuple(s.x.shape[1:])}')
+    for k,v,most in (('labels', s.y, len(data.classes)), ('bias values', s.b, None)):
+        if v is None or v.min() >= 0 and not (most and v.max() >= most): continue
+        want = f'from 0 to {most-1}, the classes' if most else 'from 0 on'
+        raise ValueError(f'{data.name}: {k} of {part} from {v.min()} to {v.max()}: expected them {want}')
+
+# %% ../../nbs/data/01_split.ipynb #8836ac1d
 @dataclass(frozen=True, eq=False)
 class BiasedDataset:
     "A biased training set and the split that judges what was learned from it."
@@ -85,11 +97,13 @@ class BiasedDataset:
         several = self.train.b is not None and self.train.b.ndim==2
         if several and len(self.kinds) != self.train.b.shape[1]:
             raise ValueError(f'{self.name}: kinds={self.kinds}: expected {self.train.b.shape[1]}, one a bias')
+        for part in ('train','test'): _check_part(self, part)
     def __repr__(self): return f"{self.name}: train {self.train}, test {self.test}; {self.source}"
     @functools.cached_property
     def fingerprint(self)->str: # 16 hexadecimal digits
-        "A hash of all images, labels and biases: the same data is the same data, wherever it came from."
+        "A hash of all images, labels and biases, and of the names of a user's own classes."
         h = hashlib.blake2b(digest_size=8)
+        if self.files: h.update(repr(self.classes).encode())
         for split in (self.train, self.test):
             for t in (split.x, split.y, split.b, split.usual):
                 if t is None: continue

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.names import check_positive, seeded
 from ..networks.convnet import network_for
 from ..networks.fast import bite, channels_last, compiled, features
-from ..networks.training import at_once, backward, batches, check_training_set
+from ..networks.training import at_once, backward, batches, check_training_set, sound
 
 # %% ../../nbs/debias/02_dfa.ipynb #61acef35
 def cross_entropy(
@@ -201,7 +201,7 @@ def dfa(
     _fit(net, loss, batches(x, batch, augment, seed), steps, lr, swap_from, compiled(net.embed, compile), progress)
     net.difficulty = relative_difficulty(loss.d, loss.b, y, classes)   # (members, n), of the training images
     net.difficulty[:,~loss.seen] = .5   # too few steps to visit them
-    return net.eval()
+    return sound(net, f'lower the learning rate, debias_lr of a run ({lr:g})')
 
 # %% ../../nbs/debias/02_dfa.ipynb #63edfb51
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data.names import check_positive, seeded
 from ..networks.convnet import network_for, to_float
 from ..networks.fast import bite, compiled, features
-from ..networks.training import at_once, backward, check_training_set, chunks, own_loss, step
+from ..networks.training import at_once, backward, check_training_set, chunks, own_loss, sound, step
 
 # %% ../../nbs/debias/01_selecmix.ipynb #3aaceab7
 def gsc(
@@ -166,7 +166,7 @@ def selecmix(
     for t,(xb,yb) in zip(range(steps), mini_batches(c, x, y, big, batch, augment, seed)):
         step(net, opt, loss, xb, yb, torch.ones(len(xb), device=x.device), at_once(net, x))
         if progress: progress(t+1, net)
-    return net.eval()
+    return sound(net, f'lower the learning rate, debias_lr of a run ({lr:g})')
 
 # %% ../../nbs/debias/01_selecmix.ipynb #6e799988
 def selecmix_view(

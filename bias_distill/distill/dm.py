@@ -138,7 +138,7 @@ def dm(
     index, ways = class_index(split.y.cpu(), classes), draws_of(weightings).values()
     scale, most, real_most = net.std.pow(2), *((2048, 512) if split.x.is_cuda else (64, 64))
     draws = _draws(net, index, ways, batch, real_most, strategy, range(state['t'], iterations), seed)
-    for parameters,params,real in stepwise(draws, state, split.x.device, weightings):
+    for parameters,params,real in stepwise(draws, state, split.x.device, weightings, index):
         net.take(parameters)
         moves = {}
         for name,target in _targets(embed, split.x, weightings, *real, params).items():

@@ -67,8 +67,8 @@ def by_row(
 
 # %% ../../nbs/distill/03_dsa.ipynb #262c24c7
 def gradients(
-    net,                # `ConvNet`, of which only the shape is used: parameters are arguments. Of several members, images are
-                        # (..., 3 members, h, w), weights and losses (..., members); labels are for all the same
+    net,                # `ConvNet`, of which only the shape is used: parameters are arguments. Of several members,
+                        # images are (..., 3 members, h, w), weights and losses (..., members); labels are the same
     compile:bool=True,  # False for short runs
 )->tuple:               # f(q, p, x, y, w) -> gradients; g(q, p, x, y, w, gradients) -> (image gradients, losses)
     "Two functions for `net`, a class a row: real images to gradients; synthetic images and those to image gradients."
@@ -194,6 +194,7 @@ def training_plan(
             plan.append((i, draw(strategy, len(i), generator=generator, siamese=False)))
     return plan
 
+# %% ../../nbs/distill/03_dsa.ipynb #59613f40
 def train_a_little(
     net,        # `ConvNet`, trained in place
     syn:Tensor, # (C, m, 3 members, h, w) synthetic images, 0 to 1; each member learns from its own
@@ -329,7 +330,7 @@ def dsa(
     sizes, ways = {held(o.shape[:2].numel(), factor) for o in state['x'].values()}, draws_of(weightings).values()
     todo = range(state['t'], iterations*outer_steps)
     draws = _draws(tools[0](1)[0], index, ways, batch, sizes, strategy, classes, outer_steps, inner_epochs, todo, seed)
-    for drawn in stepwise(draws, state, split.x.device, weightings):
+    for drawn in stepwise(draws, state, split.x.device, weightings, index):
         new = moved(state, _moves(tools, split, weightings, state, drawn, factor), lr, cause=_cause(lr, lr_net, drawn))
         own, doubts = _trained(tools, state, new, drawn, lr_net, factor)
         commit(state, new, doubts, own=own)

@@ -102,9 +102,14 @@ def start(
 def check_state(
     state:dict,      # from `start`, or one handed out before
     weightings:list, # of `Weighting`, to go on with
+    index:list=(),   # of each class, the indices of its real images; (): not looked at
 ):
-    "Refuse a state that lacks the images of a weighting. A ValueError."
+    "Refuse a state that lacks the images of a weighting, or has those of other classes. A ValueError."
     check_names(weightings)
+    for w in weightings:
+        n = len(state['x'].get(w.name, ()))
+        if not index or n in (0, len(index)): continue
+        raise ValueError(f'the state has images of {n} classes: expected {len(index)}, those of the training set')
     lacking = [w.name for w in weightings if w.name not in state['x']]
     if not lacking: return
     raise ValueError(f"the state has images of {', '.join(map(repr, state['x']))}, and none of "
@@ -183,9 +188,10 @@ def stepwise(
     state,         # that the steps change
     device,        # to work on
     weightings=(), # of which it must hold images, where nobody has looked yet
+    index=(),      # of each class, the indices of its real images: it must hold images of as many classes
 ):                 # generator of the same, sent there ahead of time
     "What each step draws; after the last step, what is still in doubt is read."
-    check_state(state, weightings)
+    check_state(state, weightings, index)
     yield from in_advance(draws, device)
     settle(state)
 

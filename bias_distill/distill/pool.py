@@ -229,7 +229,7 @@ def pool(
     index, most = class_index(split.y.cpu(), classes), 512 if split.x.is_cuda else 64
     draws = _draws((m.metric.frequencies, m.net.features), index, ways, batch, most, pools, strategy,
                    range(state['t'], iterations), seed)
-    for drawn in stepwise(draws, state, split.x.device, weightings):
+    for drawn in stepwise(draws, state, split.x.device, weightings, index):
         moves = _moves(m, groups, state, drawn, calibration, factor)
         commit(state, moved(state, {k: (loss, grad*scale) for k,(loss,grad) in moves.items()}, lr))
         yield state

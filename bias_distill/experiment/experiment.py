@@ -26,7 +26,7 @@ from ..networks.convnet import channel_stats
 from ..networks.device import chosen, repeatable
 from ..networks.fast import can_compile, how
 from ..weights.report import weight_report
-from ..weights.weighting import imperfect
+from ..weights.weighting import Weighting, imperfect
 
 # %% ../../nbs/experiment/07_experiment.ipynb #26be5ef4
 SHARED = ('dataset','conflict','seed','split','profile')
@@ -72,6 +72,7 @@ class Experiment:
         self.compile = self.run.profile!='smoke' and can_compile(self.device.type)
         self.made_with = provenance(self.device.type)
         check_apart(self.run.dataset, data_dir, out_dir)
+        if DATASETS[self.run.dataset].own and not data_dir: self._load(data_dir) # says what is wanted; nothing is made
         self.out, self.seconds, self.memory = writable(out_dir), {}, {}
         with watch(self.seconds, self.memory, 'data', self.device): self._load(data_dir)
         with repeatable(self.device): means = how(self.device.type, self.compile)
@@ -197,6 +198,8 @@ def _weighting(self:Experiment, run, way)->tuple: # `Weighting`, costs by stage,
     if way.sees_labels:                                    # nobody else sees b
         given['b'] = imperfect(self.train.b, run.labels_known or 1., run.labels_wrong or 0., run.seed)
     with watch(seconds, memory, 'kde', self.device): w = way.reading(self.views[run], self.train.y, **given)
+    if not isinstance(w, Weighting):
+        raise TypeError(f'weighting={run.weighting!r} gives a {type(w).__name__}: expected a Weighting')
     report = weight_report(w, self.train, self.classes, run.batch_real, generator=seeded(run.seed,'report'))
     if w.about: report['chosen'] = self.chosen[run] | w.about
     return w, dict(kde=(seconds['kde'], memory['kde'])) if way.views else {}, report
@@ -278,8 +281,9 @@ def _together(self:Experiment, runs, states, save_every):
     def stretch():
         end = time.monotonic()+save_every
         with watch(took, memory, 'distill', self.device):
-            while joint['t'] < total:
-                next(steps)
+            while (t := joint['t']) < total:
+                if next(steps, None) is None or joint['t'] <= t: raise RuntimeError(
+                    f"distiller={runs[0].distiller!r} did not count a step: state['t'] is {joint['t']} after {t}")
                 b.update()
                 if time.monotonic() >= end: break
             settle(joint)

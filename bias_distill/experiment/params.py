@@ -6,9 +6,10 @@
 __all__ = ['PLACES', 'OTHER', 'SHELL', 'PLAIN', 'compared', 'twin', 'runs_of', 'plain_values', 'attempt', 'read_params']
 
 # %% ../../nbs/experiment/03_params.ipynb #d0ae4a5f
+import difflib
 from ..data.names import unknown
 from .settings import FIELDS, Run, complete, defaults
-from .tables import LABELS, WEIGHTINGS
+from .tables import LABELS, WEIGHTINGS, ignored
 from ..networks.device import chosen
 
 # %% ../../nbs/experiment/03_params.ipynb #40ecb280
@@ -70,6 +71,17 @@ def _not_a_name(k, v):
     means = '' if name == v else ', where NAME is what the folder is called'
     return f"{said}. Papermill takes 2024, 1e5, nan or True for values: write -p {k} ./{name} or -r {k} {name}{means}"
 
+def _nearly(k, known): return len(k) > 3 and difflib.get_close_matches(k, known, 1, .8)
+
+def _useless(given, runs):
+    "Complaints about settings of the weights that none of the runs looks at."
+    names = ', '.join(repr(r.weighting) for r in runs)
+    for k in given:
+        if not all(k in ignored(r.weighting) for r in runs): continue
+        users = ' or '.join(w for w in WEIGHTINGS if k not in ignored(w))
+        yield f'{k}={given[k]!r}: no part in the weighting {names}; only {users} takes it'
+
+# %% ../../nbs/experiment/03_params.ipynb #bc72297f
 def read_params(
     names:dict, # a notebook's `globals()`
 )->dict:        # runs, data_dir, out_dir, device: arguments of `Experiment`
@@ -77,8 +89,10 @@ def read_params(
     known = dict.fromkeys([*FIELDS, *OTHER])
     given = {k: v for k,v in names.items() if k in known and v is not None}
     places = {k: given.pop(k) for k in OTHER if k in given}
-    # later on a notebook has variables of its own
-    fresh = [] if names.get('_params_read') else [k for k in plain_values(names) if k not in known]
+    # later on a notebook has variables of its own: then only a name that nearly is a parameter's is taken for one
+    before = names.get('_params_read')
+    def odd_name(k): return k not in known and (before is None or k not in before and _nearly(k, known))
+    fresh = [k for k in plain_values(names) if odd_name(k)]
     bad = [unknown('parameter', k, known) for k in fresh]
     odd = {k: places[k] for k in PLACES if type(places.get(k, '')) is not str}
     bad += [_not_a_name(k, v) for k,v in odd.items()]
@@ -86,6 +100,7 @@ def read_params(
     bad += attempt(lambda: compared(compare))[1]
     bad += attempt(lambda: chosen(places.get('device')))[1]
     run, more = attempt(lambda: complete(**given))
+    if run and not bad: bad += _useless(given, runs_of(run, compare))
     if bad + more: raise ValueError('; '.join(bad + more))
-    names['_params_read'] = True
+    names['_params_read'] = names.get('_params_read') or {*plain_values(names)}
     return dict(runs=runs_of(run, compare)) | places

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ..distill.factor import held
 from ..distill.mtt import SGD_BATCH
 from ..distill.rded import CROPS, POOL
+from ..weights.choice import PASSES as PASSES_OF_CHOICE, STEPS
 from .store import WEIGHED, side_by_side, stage_key, total_steps
 from .tables import DEBIASERS, DISTILLERS, NETWORKS, VIEWS, WEIGHTINGS
 
@@ -139,7 +140,9 @@ def view_passes(
     "Training an encoder, and embedding all images."
     view = VIEWS[name]
     steps = r.encoder_steps if 'encoder_steps' in view.settings else view.steps
-    return TRAINING*steps*256+len(e.train)
+    # a small set is passed a few times
+    if view.steps: steps = min(steps, max(STEPS[0], PASSES_OF_CHOICE*len(e.train)//256))
+    return TRAINING*steps*min(256, len(e.train))+len(e.train)
 
 # %% ../../nbs/experiment/08_passes.ipynb #fa45933d
 def image_operations(

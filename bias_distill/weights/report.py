@@ -35,6 +35,7 @@ def _conflicts(split):
     if split.b is None: return torch.zeros(len(split), 0)
     return torch.cat([split.conflicting[:,None], split.against], 1).cpu()
 
+# %% ../../nbs/weights/04_report.ipynb #6ee1c098
 def weight_report(
     weighting:Weighting, # to judge
     split:Split,         # the training set; its bias labels may be None
@@ -46,9 +47,16 @@ def weight_report(
 )->dict:                 # auroc, weight_on_conflicting (None where the set has no bias labels); effective_share
     "How well weights find the conflicting samples, and how many carry them. Uses bias labels, to report only."
     index, c, share, effective = class_index(split.y, classes), _conflicts(split), 0, []
+    for k in ('p','score'):
+        v = getattr(weighting, k)
+        if v is not None and len(v) != len(split):
+            raise ValueError(f'{weighting.name!r} has {len(v)} numbers in {k}: expected {len(split)}, one an image')
     for _ in range(draws):
         i = draw_batch(index, batch, weighting.p, generator=generator)
         w = torch.ones(i.shape) if weighting.in_batch is None else weighting.in_batch(i).cpu()
+        if w.shape != i.shape or not w.isfinite().all(): raise ValueError(
+            f'{weighting.name!r} gives weights {tuple(w.shape)} to a batch, {int((~w.isfinite()).sum())} of them not '
+            f'finite: expected {tuple(i.shape)} finite ones; where it has a variance or tau, a larger one may help')
         share = share+(w[...,None]*c[i.cpu()]).sum((0,1))/w.sum()/draws
         effective.append(_effective(w))
     if weighting.p is not None: effective = [_effective(weighting.p[i][None]) for i in index]

@@ -11,7 +11,7 @@ __all__ = ['UNKNOWN', 'Weighting', 'uniform', 'fixed', 'within_class', 'kde', 'k
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from ..data.names import check_share, seeded
+from ..data.names import check_share, check_tensors, seeded
 from .kde import by_class, class_density, log_density, weights
 
 # %% ../../nbs/weights/03_weighting.ipynb #6296f090
@@ -25,6 +25,7 @@ class Weighting:
     about:dict=None       # what was chosen on the way, for the row
 
     def __post_init__(self):
+        check_tensors(p=self.p, score=self.score)
         if self.p is None or bool((self.p.isfinite() & (self.p>=0)).all()): return
         raise ValueError(f'the probabilities of {self.name!r} must be finite and at least 0')
 
@@ -43,8 +44,10 @@ def fixed(
     score:Tensor=None, # (n,) high for the rare, for reports; None: `w`
 )->Weighting:
     "A weighting in the mean by weights known for the whole set; a ValueError for a weight that is not above 0."
+    check_tensors(w=w)
     if not w.isfinite().all() or not (w>0).all():
         raise ValueError(f"the weights of {name!r} must be finite and above 0")
+    w = w if w.is_floating_point() else w.float()
     def in_batch(i): return w[i]/w[i].mean(-1, keepdim=True)
     return Weighting(name, w if score is None else score, in_batch=in_batch)
 
