@@ -67,6 +67,16 @@ class Split:
         return Split(*(None if t is None else t.to(device) for t in (self.x, self.y, self.b, self.usual)))
 
 # %% ../../nbs/data/01_split.ipynb #94ff7847
+def _hash(data):
+    h = hashlib.blake2b(digest_size=8)
+    if data.files: h.update(repr(data.classes).encode())
+    for split in (data.train, data.test):
+        for t in (split.x, split.y, split.b, split.usual):
+            if t is None: continue
+            h.update(repr(tuple(t.shape)).encode())
+            h.update(t.cpu().contiguous().numpy())
+    return h.hexdigest()
+
 def _check_part(data, part):
     "Refuse a split of a `BiasedDataset` that cannot train or judge."
     s, shape = getattr(data, part), tuple(data.train.x.shape[1:])
@@ -102,14 +112,7 @@ class BiasedDataset:
     @functools.cached_property
     def fingerprint(self)->str: # 16 hexadecimal digits
         "A hash of all images, labels and biases, and of the names of a user's own classes."
-        h = hashlib.blake2b(digest_size=8)
-        if self.files: h.update(repr(self.classes).encode())
-        for split in (self.train, self.test):
-            for t in (split.x, split.y, split.b, split.usual):
-                if t is None: continue
-                h.update(repr(tuple(t.shape)).encode())
-                h.update(t.cpu().contiguous().numpy())
-        return h.hexdigest()
+        return _hash(self)
 
 # %% ../../nbs/data/01_split.ipynb #ec98ed03
 def assign_bias(
