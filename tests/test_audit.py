@@ -5,7 +5,7 @@ import pandas as pd, pytest, torch
 from bias_distill.audit.plants import plant, write_images
 from bias_distill.data.cmnist import cmnist
 from bias_distill.data.names import seeded
-from notebooks import ROOT, execute, papermill
+from notebooks import ROOT, execute, papermill, working_in
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
@@ -22,7 +22,9 @@ REFUSED = {
     'misspelt': (dict(datadir='x'), "unknown parameter 'datadir', did you mean 'data_dir'?"),
     'nothing': ({}, 'data_dir is not given: the folder or archive:'),
     'choice': (dict(data_dir='.', size=33), 'size=33: input should be 28, 32 or 64'),
-    'nowhere': (dict(data_dir='no/such/place'), "data_dir='no/such/place': no such folder")}
+    'nowhere': (dict(data_dir='no/such/place'), "data_dir='no/such/place': no such folder"),
+    'no place for results': (dict(data_dir='nbs', out_dir='README.md/audit'), "out_dir='README.md/audit' can't be written to (Not a directory): name a folder that can"),
+    'no name for results': (dict(data_dir='nbs', out_dir=''), "out_dir='': expected the name of a folder, such as 'audit'")}
 
 @pytest.mark.parametrize('name', REFUSED)
 def test_refused_in_one_line(name, tmp_path):
@@ -56,6 +58,19 @@ def test_refused_after_a_look(name, tmp_path):
     with pytest.raises(ValueError) as e: execute('nbs/audit.ipynb', data_dir=tmp_path/'pictures', out_dir=tmp_path/'audit', **given)
     assert said in str(e.value) and len(str(e.value).splitlines()) == 1
     assert not (tmp_path/'audit').exists()
+
+def test_the_snippet_takes_the_folder_as_it_is_written(tmp_path):
+    "Relative or not, and from train/ alone, with torchvision's own ImageFolder."
+    from torchvision.datasets import ImageFolder
+    from bias_distill.audit.advice import snippet
+    blank_images(tmp_path/'p'/'train', cat=3, dog=2)
+    want = {'train/cat/00000.png': 1.5, 'train/cat/00001.png': .5, 'train/cat/00002.png': 1., 'train/dog/00003.png': 1.2, 'train/dog/00004.png': .8}
+    pd.Series(want, name='weight').rename_axis('path').to_csv(tmp_path/'w.csv')
+    with working_in(tmp_path):
+        ways = 'p', './p', 'p/', f'../{tmp_path.name}/p', str(tmp_path/'p')
+        for typed,told in ((o, k) for o in ways for k in ways):
+            exec(snippet('w.csv', told), seen := dict(dataset=ImageFolder(f'{typed}/train')))
+            assert seen['sampler'].weights.tolist() == [*want.values()], (typed, told)
 
 def test_planted_folder(digits):
     top, paths, free = digits

@@ -55,13 +55,30 @@ found['first'] = list(load_dataset(folder, cache_dir=cache)['train']['label'])[:
 print(json.dumps(found))
 '''
 
-def opened(folder, tmp):
-    "What the library `datasets` finds in a folder, without a network."
+def in_python(tmp, code, *args):
+    "What code prints as JSON, with the library `datasets` and without a network."
     pytest.importorskip('datasets', reason="the library datasets is not installed: pip install -e '.[dev]'")
     env = os.environ | dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_HOME=str(tmp/'home'), HF_HUB_DISABLE_TELEMETRY='1')
-    p = subprocess.run([sys.executable,'-c',READ,str(folder),str(tmp/'cache')], env=env, capture_output=True, text=True, timeout=LIMIT)
+    p = subprocess.run([sys.executable,'-c',code,*args], env=env, capture_output=True, text=True, timeout=LIMIT)
     assert p.returncode == 0, p.stderr[-3000:]
     return json.loads(p.stdout.splitlines()[-1])
+
+def opened(folder, tmp):
+    "What the library `datasets` finds in a folder."
+    return in_python(tmp, READ, str(folder), str(tmp/'cache'))
+
+LOOK_AT = '''
+import json, sys
+code, folder = sys.argv[1:]
+assert code.count('path/to/this/folder') == 1
+exec(code.replace('path/to/this/folder', folder), seen := {})
+images = seen['images']
+print(json.dumps(dict(labels=list(images['label']), pixels=[sum(o.convert('RGB').tobytes()) for o in images['image']])))
+'''
+
+def looked_at(folder, tmp):
+    "What the card's own first lines read, with the folder's path in the place of their placeholder."
+    return in_python(tmp, LOOK_AT, head_and_body(folder)[1].split('```python\n')[1].split('```')[0], folder.as_posix())
 
 def sums(x): return [int(o.sum()) for o in (x*255).round().long()]
 
@@ -80,7 +97,16 @@ def test_one_run_is_one_config(finished, tmp_path):
     folder = export_card(out/f"{found['first'][1]['key']}.json", tmp_path/'set')
     assert list(opened(folder, tmp_path)) == ['default','first']
     head, body = head_and_body(folder)
-    assert [o['config_name'] for o in head['configs']] == ['default'] and "load_dataset('.', split='train')" in body
+    assert [o['config_name'] for o in head['configs']] == ['default'] and "load_dataset('path/to/this/folder', split='train')" in body
+
+@pytest.mark.parametrize('which', [['first'], ['second','first']])
+def test_the_lines_of_the_card_run_as_they_stand(finished, tmp_path, which):
+    "Of two seeds they name the first."
+    out, found = finished
+    folder = export_card([found[k][1] for k in which], tmp_path/'set', out)
+    x, seen = load_tensors(out/f"{found['first'][1]['key']}.safetensors")[0]['x'], looked_at(folder, tmp_path)
+    assert seen['labels'] == [c for c in range(10) for _ in range(2)] and seen['pixels'] == sums(x)
+    assert ("'seed0'" in head_and_body(folder)[1]) == (len(which) == 2)
 
 def test_the_hub_takes_the_head(finished, tmp_path):
     hub = pytest.importorskip('huggingface_hub', reason="huggingface_hub is not installed: pip install -e '.[dev]'")
@@ -185,6 +211,8 @@ def test_ones_own_pictures(mine, tmp_path):
     head, body = head_and_body(folder)
     assert head['license'] == 'cc-by-4.0' and '[my garden](https://example.com), 2024' in body and str(top) not in body
     assert opened(folder, tmp_path)['default']['names'] == sorted(ODD)
+    piped = export_card(row, tmp_path/'piped', top/'runs', licence='mit', origin='garden | park')
+    assert r'| own images | `mit` | garden \| park |' in head_and_body(piped)[1]
     assert 'against the bias' not in body and 'conflicting' not in body
 
 # -- what is refused, before anything is written

@@ -1,11 +1,12 @@
 "Folders as people have them: each is read as they mean it, or refused with the way out. What is made of theirs has its name."
-import io, os, struct, subprocess, sys, warnings, zipfile, zlib
+import io, os, re, struct, subprocess, sys, tarfile, warnings, zipfile, zlib
 from pathlib import Path
 import numpy as np, pytest, torch
 from conftest import LIMIT
 from PIL import Image
 from bias_distill.data.files import decode
 from bias_distill.data.folder import folder, raw_files
+from bias_distill.data.layout import layout
 from bias_distill.data.listing import SUFFIXES
 from bias_distill.data.names import for_figure, for_markdown
 from bias_distill.experiment.params import read_params
@@ -279,7 +280,38 @@ def test_bad_zips(tmp_path):
     link = zipfile.ZipInfo('cats/link.png')
     link.external_attr = 0o120777 << 16
     with zipfile.ZipFile(z, 'w') as f: f.writestr(link, '/etc/hostname')
-    refused(z, 'no plain file')
+    refused(z, "entry 'cats/link.png' is a link", 'unpack your own, and name its folder')
+
+def test_a_tar_with_a_link(tmp_path):
+    d = own(tmp_path/'d', n=6)
+    (d/'cats'/'again.png').symlink_to('0.png')
+    with tarfile.open(tmp_path/'d.tar', 'w') as t: t.add(d, 'd')
+    refused(tmp_path/'d.tar', "entry 'd/cats/again.png' is a link", 'unpack your own, and name its folder')
+    assert len(read(d)[0].train)                                     # the folder is read, with its copy
+
+def test_links_to_what_is_gone(tmp_path):
+    "A class, in a folder of classes or in train/, or a picture; not a hidden file, such as an editor's lock."
+    d = own(tmp_path/'d'/'train', n=6)
+    for name in ('birds','birds.png','cats/gone.png'):
+        (d/name).symlink_to('/mnt/gone/birds')
+        for data in (d, d.parent): refused(data, f"{d/name}: a link to '/mnt/gone/birds', which is not there")
+        (d/name).unlink()
+    (d/'cats'/'.#0.png').symlink_to('me@here.1')
+    assert len(folder(d).train)
+
+def test_a_folder_in_a_folder_of_the_same_name(tmp_path):
+    d = own(tmp_path/'pictures'/'pictures', n=6)
+    refused(d.parent, 'pictures/cats/', 'lies deeper', f'All images lie in pictures/: name {d}')
+    assert len(quiet(d).train)
+
+def test_settings_of_the_wrong_kind(tmp_path):
+    d = own(tmp_path/'d', n=6)
+    refused(d, 'size=32.0: expected 28, 32 or 64 pixels, an int', size=32.)
+    assert len(quiet(d, size=np.int64(32)).train)
+    for f in (folder, layout):
+        for bad in (2024, 0, b'd', ['d']):
+            with pytest.raises(TypeError, match=re.escape(f'data_dir={bad!r}: expected a path, as a str or a Path, got {type(bad).__name__}')): f(data_dir=bad)
+    with pytest.raises(FileNotFoundError, match='`-p dataset folder` reads a folder a class'): layout(data_dir=d)
 
 def test_a_pipe_among_the_images(tmp_path):
     d = own(tmp_path/'d', n=6)

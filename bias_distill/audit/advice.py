@@ -80,17 +80,17 @@ def audit_table(
                          'nearest other class': names[other.numpy()], 'flags': said})
 
 # %% ../../nbs/audit/07_advice.ipynb #828d3d42
-SNIPPET = """import pandas as pd, torch
+SNIPPET = """import os, pandas as pd, torch
 from torch.utils.data import DataLoader, WeightedRandomSampler
 w = pd.read_csv({file!r}, encoding_errors='surrogateescape').set_index('path').weight
 # dataset: torchvision's ImageFolder of {folder!r}, or of its train/
-inside = [path.replace('\\\\', '/')[len({folder!r}.rstrip('/'))+1:] for path, _ in dataset.samples]
+inside = [os.path.relpath(path, {folder!r}).replace(os.sep, '/') for path, _ in dataset.samples]
 sampler = WeightedRandomSampler(w.reindex(inside).fillna(0).tolist(), len(w))
 loader = DataLoader(dataset, batch_size=64, sampler=sampler)"""
 
 def snippet(
     file:str|Path, # of the weights
-    folder:str,    # that holds the images
+    folder:str,    # that holds the images, relative or not
 )->str:
     "Lines of PyTorch that draw by these weights."
     return SNIPPET.format(file=str(file), folder=folder)
@@ -142,7 +142,7 @@ def advice(
         lines.append(f"**Do not weight this set.** No class {seen}is of two kinds more than chance would have it. "
                      + PRICE)
     if len(small): lines.append(f"Of {', '.join(map(for_markdown, small))} nothing can be said: that takes {ENOUGH} "
-                                "images of a class. Their weights are 1.")
+                                "training images of a class. Their weights are 1.")
     if len(none): lines.append(f"Of {', '.join(map(for_markdown, none))}, fewer than {FEW} images "
                                "that are fit to count more go against the shortcut, or all do. "
                                "Weights can do nothing there: collect some.")

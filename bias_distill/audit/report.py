@@ -15,6 +15,7 @@ from .doubtful import doubtful, looks_like, neighbours
 from .look import everything
 from .properties import Tells, what_tells
 from .verdict import VARIANCE, Verdict, apart, first_sight, verdict
+from ..data.files import as_path
 from ..data.kept import write_table
 from ..data.split import BiasedDataset
 from ..networks.device import chosen, repeatable
@@ -79,7 +80,7 @@ def write_tables(
     out_dir:str|Path, # made where it is not there; files of these names are replaced
 )->list:              # of the files
     "The tables of an audit as CSV."
-    out, train = Path(out_dir).expanduser(), a.table[a.table.part=='train']
+    out, train = as_path(out_dir, 'out_dir'), a.table[a.table.part=='train']
     out.mkdir(parents=True, exist_ok=True)
     by_class = dict(verdict=a.verdict.table, collect=to_collect(a.table, a.verdict))
     tables = dict(audit=a.table, weights=train[['path','weight']])

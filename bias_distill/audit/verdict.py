@@ -114,7 +114,7 @@ def _of_class(score, tells, names, k, i, seed):
     "Verdict on class `k`, whose images are `i`: a row, who is rare, a score."
     rare, times = two_kinds(score[i], seed) if len(i) >= ENOUGH else (torch.zeros(len(i), dtype=torch.bool), 0.)
     properties, ranks = _by_property(tells, names[k], k), _ranks(score[i])
-    if len(i) < ENOUGH: return [len(i), TOO_FEW, '', 0, f'needs {ENOUGH} images'], rare, ranks
+    if len(i) < ENOUGH: return [len(i), TOO_FEW, '', 0, f'needs {ENOUGH} training images'], rare, ranks
     seen = ['the picture']*bool(rare.any()) + properties[:3]
     words = []
     if rare.any(): words.append(f'{times:.0f} times as far apart as by chance')

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from .files import decode, entries, megapixels, read_file, recipe, traits, with_progress
 from .kept import kept
-from .listing import SIZES, SUFFIXES, arrange, files_digest, listing, listing_archive, named
+from .listing import SIZES, SUFFIXES, arrange, files_digest, is_size, listing, listing_archive, named
 from .names import check_split, printable, seeded
 from .split import BiasedDataset, Split, hold_out
 
@@ -156,8 +156,8 @@ def folder(
     "Anybody's own images, in a folder per class (as torchvision's ImageFolder)."
     if conflict is not None: raise ValueError(
         f"conflict={conflict!r}: a folder's own images have no bias labels, so there is no ratio to set; leave it out")
-    if isinstance(size, bool) or size not in SIZES:
-        raise ValueError(f"size={size!r}: expected {', '.join(map(str, SIZES[:-1]))} or {SIZES[-1]} pixels")
+    if not is_size(size):
+        raise ValueError(f"size={size!r}: expected {', '.join(map(str, SIZES[:-1]))} or {SIZES[-1]} pixels, an int")
     check_split(split)
     seeded(seed)
     megapixels() # a slip in the variable is told first

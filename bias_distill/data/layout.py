@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
-from .files import decode, picture, read_file, recipe, with_progress
+from .files import as_path, decode, picture, read_file, recipe, with_progress
 from .kept import kept
-from .listing import SIZES, files_digest, listing, named
+from .listing import SIZES, files_digest, is_image, is_size, listing, named
 from .names import check_share, check_split, seeded
 from .split import BiasedDataset, Split
 
@@ -149,7 +149,7 @@ def write_layout(
     name,valid_at,test_at = _where(data.name)
     held = {} if valid is None else dict(valid=valid)
     _check_parts(dict(train=data.train, test=data.test) | held, conflict, data.name)
-    top,pct = Path(root).expanduser()/name,_percent(conflict)
+    top,pct = as_path(root, 'root')/name,_percent(conflict)
     _refuse_there(top, pct)
     parts,names = _missing(top, pct, data, {test_at: data.test, valid_at: valid}),_merged(top, data, pct)
     top.mkdir(parents=True, exist_ok=True)
@@ -239,12 +239,19 @@ def _pictures(root, pct, valid, size):
     return dict(x=x, y=y, b=b, part=part), dict(files=json.dumps([o[1] for o in found]))
 
 # %% ../../nbs/data/15_layout.ipynb #dba743f0
+def _by_class(root):
+    "Does it hold folders of images whose names say no label and bias?"
+    images = (o.rpartition('/') for o in listing(root).files if is_image(o))
+    return any(folder and not NAME.fullmatch(name) for folder,_,name in images)
+
 def _folders(root, pct, split):
     "Where `valid` is, below `root`, or ''; an error where a folder is missing."
     there = sorted((o.name for o in root.glob('*pct') if o.is_dir()), key=lambda o: (len(o), o))
     if pct not in there:
         inner = sorted({o.parent.name for o in root.glob('*/*pct')})
         hint = f". It holds {', '.join(inner)}: name one of these" if inner and not there else ''
+        if not (inner or there) and _by_class(root):
+            hint = ". It holds folders of images without bias labels: `-p dataset folder` reads a folder a class"
         raise FileNotFoundError(f"no {pct}/ in {root}: found {', '.join(there) or 'no folder ...pct'}{hint}")
     if not (root/'test').is_dir(): raise FileNotFoundError(f"no test/ in {root}: is the set complete?")
     valid = [o for o in (f'{pct}/valid','valid') if (root/o).is_dir()]
@@ -281,8 +288,8 @@ def layout(
     "A set as DFA's code has it on disk (Lee et al. 2021), and `write_layout` writes it."
     check_share(conflict)
     seeded(seed)
-    if size is not None and (isinstance(size, bool) or size not in SIZES):
-        raise ValueError(f"size={size!r}: expected {', '.join(map(str, SIZES))} pixels, or None")
+    if size is not None and not is_size(size):
+        raise ValueError(f"size={size!r}: expected {', '.join(map(str, SIZES))} pixels, an int, or None")
     check_split(split)
     root = named(data_dir, 'the folder of a set, that holds <pct>/{align,conflict}/<class>/*.png and test/')
     pct = _percent(conflict)
@@ -313,7 +320,7 @@ def export(
 )->Path:                  # the set's folder
     "Write a dataset as DFA's code reads it (Lee et al. 2021)."
     check_share(conflict)
-    _refuse_there(Path(root).expanduser()/_where(make.__name__)[0], _percent(conflict))
+    _refuse_there(as_path(root, 'root')/_where(make.__name__)[0], _percent(conflict))
     data = make(conflict=conflict, seed=seed, data_dir=data_dir, split='test', **kw)
     if not holdout: return write_layout(data, root, conflict)
     held = make(conflict=conflict, seed=seed, data_dir=data_dir, split='validation', **kw)

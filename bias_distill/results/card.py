@@ -10,7 +10,7 @@ __all__ = ['OWN_IMAGES', 'ASK', 'OWNERS', 'RESEARCH', 'PLACES', 'ORIGINS', 'LICE
            'export_card']
 
 # %% ../../nbs/results/08_card.ipynb #c7721979
-import difflib, io, json, shutil
+import difflib, io, json, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
 import PIL.Image, pyarrow, yaml
@@ -289,7 +289,7 @@ LOOK = """To look at them:
 
 ```python
 from datasets import load_dataset
-images = load_dataset('.'{part}, split='train')    # this folder, or its name on the hub
+images = load_dataset('path/to/this/folder'{part}, split='train')    # or its name on the hub
 images[0]['image'], images[0]['label']
 ```
 
@@ -327,7 +327,8 @@ def licence_text(
 )->str:           # Markdown
     "Under which licence the images are, and what those say whose images they are made from."
     def linked(o): return f'[{for_markdown(o.name)}]({o.url})' if o.url else for_markdown(o.name)
-    lines = [[linked(o), f'`{o.licence}`', o.terms] for o in sources]
+    def one_cell(text): return re.sub(r'(?<!\\)\|', r'\\|', ' '.join(text.split())) # links and code stay as they are
+    lines = [[linked(o), f'`{o.licence}`', one_cell(o.terms)] for o in sources]
     note = OWN_NOTE if all(o.name==OWN_IMAGES for o in sources) else NOTE
     return f"`{licence}`. {note}\n\n{markdown(['made from','licence','terms'], lines)}"
 
