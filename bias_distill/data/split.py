@@ -69,7 +69,7 @@ class Split:
 # %% ../../nbs/data/01_split.ipynb #94ff7847
 def _hash(data):
     h = hashlib.blake2b(digest_size=8)
-    if data.files: h.update(repr(data.classes).encode())
+    if data.name=='folder': h.update(repr(data.classes).encode())
     for split in (data.train, data.test):
         for t in (split.x, split.y, split.b, split.usual):
             if t is None: continue
@@ -111,7 +111,7 @@ class BiasedDataset:
     def __repr__(self): return f"{self.name}: train {self.train}, test {self.test}; {self.source}"
     @functools.cached_property
     def fingerprint(self)->str: # 16 hexadecimal digits
-        "A hash of all images, labels and biases, and of the names of a user's own classes."
+        "A hash of all images, labels and biases: the same data is the same data, wherever it came from."
         return _hash(self)
 
 # %% ../../nbs/data/01_split.ipynb #ec98ed03
