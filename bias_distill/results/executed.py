@@ -25,6 +25,7 @@ def keep_notebook(
         if not c.metadata.get('tags', True): del c.metadata['tags']     # papermill gives every cell an empty list
         if c.cell_type=='markdown': c.source = _from_below(c.source)
         for o in c.get('outputs', []):
-            if text := o.get('data', {}).get('text/markdown'): o.data['text/markdown'] = _from_below(text).splitlines(True)
+            text = o.get('data', {}).get('text/markdown')
+            if text: o.data['text/markdown'] = _from_below(text).splitlines(True)
     clean_nb(nb, allowed_cell_metadata_keys=['tags'])
     write_nb(nb, to)
