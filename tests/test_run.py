@@ -9,7 +9,7 @@ from bias_distill.experiment import experiment
 from bias_distill.data.names import seeded
 from bias_distill.experiment.params import runs_of
 from bias_distill.experiment.settings import FIELDS, SINGLE, complete
-from bias_distill.experiment.tables import DISTILLERS, LABELS, VIEWS
+from bias_distill.experiment.tables import DISTILLERS, LABELS, VIEWS, WEIGHTINGS, Method, Way
 from bias_distill.experiment.experiment import Experiment
 from bias_distill.experiment.store import run_key
 from bias_distill.networks.convnet import ConvNet
@@ -280,3 +280,14 @@ def test_the_commit_of_a_repository_around_the_package_is_not_ours(tmp_path):
     code = 'from bias_distill.experiment.watch import provenance; print(provenance()["commit"])'
     p = subprocess.run([sys.executable,'-c',code], cwd=tmp_path/'lib', env=environment() | dict(PYTHONPATH=str(tmp_path/'lib')), capture_output=True, text=True, timeout=LIMIT)
     assert p.stdout.split() == ['None'], (p.stdout, p.stderr)
+
+def test_plug_ins_that_do_not_fit_are_told(tmp_path, monkeypatch):
+    "A weighting that gives a tensor; a distiller that counts no step: one error each, with its name."
+    monkeypatch.setitem(WEIGHTINGS, 'mine', Way(lambda z, y: torch.ones(len(y))))
+    e = job(complete(profile='smoke', ipc=2, weighting='mine'), out_dir=str(tmp_path)); e.look()
+    with pytest.raises(TypeError, match="weighting='mine' gives a Tensor: expected a Weighting"): e.weigh()
+    def stands(split, weightings, state, *args, **kw):
+        while True: yield state
+    monkeypatch.setitem(DISTILLERS, 'mine', Method(stands))
+    e = job(complete(profile='smoke', ipc=2, weighting='uniform', distiller='mine'), out_dir=str(tmp_path)); e.look(); e.weigh()
+    with pytest.raises(RuntimeError, match="distiller='mine' did not count a step: state.'t'. is 0 after 0"): e.distill()

@@ -108,7 +108,7 @@ def train(
             xi = x[i] if augment is None else augment(to_float(x[i]), generator)
             step(net, opt, loss, xi, y[i], w[i], most)
         if progress: progress(epoch+1)
-    return sound(net, f'lower the learning rate, eval_lr of a run ({lr:g})')
+    return sound(net, f'lower the learning rate {lr:g} (eval_lr of a run; lr_net where a teacher is trained)')
 
 def _sgd(net, lr:float):
     return torch.optim.SGD(net.parameters(), lr=lr, momentum=.9, weight_decay=5e-4, foreach=True)
